@@ -1,0 +1,370 @@
+"""Host end of the helper channel: authenticate, decode, validate, dispatch, reply, record.
+
+A Unix socket in the kernel's private folder. A frame is eight bytes of length (big endian), then JSON;
+the first frame of a connection holds the kernel's token. Then, one at a time for each connection:
+
+    {"op": "call", "cell": id, "name": …, "arguments": {…}}  →  {"ok": value, "failed": [index…]}
+    {"op": "submit", "cell": id, "text": …}                  →  {"ok": null}
+    {"op": "context"}                                        →  {"ok": {…}} with a memfd
+
+or `{"error": text}`. `cell` is the id of the execute request that the call belongs to; a call of any
+other cell than the one that runs is refused. Nothing that comes in is trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernel_env.config import Limits
+from kernel_env.episode import Context, HelperCall
+from kernel_env.errors import HelperError
+
+__all__ = ["Bridge", "Cell", "Helper", "HelperFailure", "describe"]
+
+log = logging.getLogger("kernel_env.bridge")
+
+_LENGTH = struct.Struct(">Q")
+_ENCODE_PIECE = 2**24
+
+
+class HelperFailure(str):
+    """The failed item of a batch: a text that reads as the error, which is also in `.error`."""
+
+    @property
+    def error(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A function of the host that the kernel may call by name."""
+
+    function: Callable[..., Awaitable[Any]]
+    signature: inspect.Signature
+    doc: str
+
+
+def describe(name: str, helper: Helper) -> dict[str, Any]:
+    """What the kernel needs to make a function with this helper's signature and docstring."""
+    parameters = []
+    for parameter in helper.signature.parameters.values():
+        entry = {
+            "name": parameter.name,
+            "kind": parameter.kind.name,
+            "annotation": _annotation_text(parameter.annotation),
+        }
+        if parameter.default is not parameter.empty:
+            entry["default"] = repr(parameter.default)
+        parameters.append(entry)
+    returns = _annotation_text(helper.signature.return_annotation)
+    return {"name": name, "parameters": parameters, "returns": returns, "doc": helper.doc}
+
+
+def _annotation_text(annotation: Any) -> str | None:
+    if annotation is inspect.Signature.empty:
+        return None
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+@dataclass
+class Cell:
+    """The helper calls of one execution: what is in flight, what has ended, how long it waited."""
+
+    id: str
+    answer: str | None = None
+    """The text submitted last."""
+    calls: list[HelperCall] = field(default_factory=list)
+    refusal: str | None = None
+    """Why no further call is served; None while calls are."""
+    in_flight: set[asyncio.Task[None]] = field(default_factory=set)
+    _waited: float = 0.0
+    _waiting_since: float = 0.0
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which at least one call was in flight."""
+        return self._waited + (time.monotonic() - self._waiting_since if self.in_flight else 0.0)
+
+    def enter(self, task: asyncio.Task[None]) -> None:
+        if not self.in_flight:
+            self._waiting_since = time.monotonic()
+        self.in_flight.add(task)
+
+    def leave(self, task: asyncio.Task[None]) -> None:
+        self.in_flight.discard(task)
+        if not self.in_flight:
+            self._waited += time.monotonic() - self._waiting_since
+
+    def cancel(self, reason: str) -> None:
+        """Cancel what is in flight and refuse what comes."""
+        self.refusal = reason
+        for task in list(self.in_flight):
+            task.cancel(reason)
+
+
+class Bridge:
+    """The helper channel of one kernel process."""
+
+    def __init__(self, path: Path, helpers: Mapping[str, Helper], context: Context, limits: Limits) -> None:
+        self.path = path
+        self.token = secrets.token_hex(32)
+        self._helpers = helpers
+        self._context = context
+        self._limits = limits
+        self._cell: Cell | None = None
+        self._connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Listen; the folder of `path` keeps other users out, the token everybody else."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Connection(self), self.path, backlog=1024)
+
+    def close(self) -> None:
+        """Stop listening, drop every connection, cancel every call."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.abort()
+
+    def begin(self, cell_id: str) -> Cell:
+        """Serve the calls of this cell from here on, and of no other."""
+        self._cell = Cell(cell_id)
+        return self._cell
+
+    def end(self, cell: Cell) -> None:
+        """Refuse the calls of `cell` from here on."""
+        cell.cancel("its cell has ended")
+        if self._cell is cell:
+            self._cell = None
+
+    def cell_of(self, request: dict[str, Any]) -> Cell:
+        """The running cell, if `request` is its own.
+
+        Raises:
+            HelperError: it belongs to another cell, or to one that was told to stop.
+        """
+        cell = self._cell
+        if cell is None or request.get("cell") != cell.id:
+            raise HelperError("refused: its cell has ended, or it was started by no cell of this episode")
+        if cell.refusal is not None:
+            raise HelperError(f"refused: {cell.refusal}")
+        return cell
+
+    async def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Serve a helper call and record it."""
+        cell = self.cell_of(request)
+        name, arguments = request.get("name"), request.get("arguments")
+        helper = self._helpers.get(name) if isinstance(name, str) else None
+        if helper is None or not isinstance(name, str) or not isinstance(arguments, dict):
+            raise HelperError("refused: there is no such helper")
+        args, kwargs = _bind(name, helper.signature, arguments)
+        task = asyncio.current_task()
+        started, clock = time.time(), time.monotonic()
+        result, error = None, None
+        if task is not None:
+            cell.enter(task)
+        try:
+            result = await helper.function(*args, **kwargs)
+            reply = _reply(name, result)
+        except asyncio.CancelledError:
+            error = f"{name} was cancelled: {cell.refusal or 'the caller went away'}"
+            raise
+        except HelperError as failure:
+            error = str(failure)
+            raise
+        finally:
+            if task is not None:
+                cell.leave(task)
+            failed = _failures(result)
+            cell.calls.append(
+                HelperCall(
+                    name=name,
+                    arguments=arguments,
+                    result=None if error else result,
+                    failed=failed,
+                    error=error,
+                    started=started,
+                    duration=time.monotonic() - clock,
+                )
+            )
+        return reply
+
+    def submit(self, request: dict[str, Any]) -> None:
+        """Keep the text as the answer of its cell; the last one counts."""
+        cell, text = self.cell_of(request), request.get("text")
+        if not isinstance(text, str):
+            raise HelperError("refused: an answer is text")
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > self._limits.answer_bytes:
+            raise HelperError(
+                f"the answer has {size:,} bytes; Limits.answer_bytes is {self._limits.answer_bytes:,}"
+            )
+        cell.answer = text
+
+    async def serve(self, request: dict[str, Any], connection: _Connection) -> None:
+        """Serve one request of an authenticated connection."""
+        fd = None
+        try:
+            match request.get("op"):
+                case "call":
+                    reply = await self.call(request)
+                case "submit":
+                    self.submit(request)
+                    reply = {"ok": None}
+                case "context":
+                    fd, size = _memfd(self._context.text)
+                    reply = {"ok": {"bytes": size, "type": self._context.type}}
+                case _:
+                    raise HelperError("refused: unknown request")
+        except HelperError as error:
+            reply = {"error": str(error)}
+        except asyncio.CancelledError:
+            reply = {"error": "the call was cancelled: its cell was stopped"}
+        except Exception:
+            log.exception("a helper request could not be served")
+            reply = {"error": "the host could not serve the call"}
+        connection.reply(reply, fd)
+
+    @property
+    def frame_bytes(self) -> int:
+        return self._limits.helper_frame_bytes
+
+    def connected(self, connection: _Connection) -> None:
+        self._connections.add(connection)
+
+    def disconnected(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection of one thread in the kernel: one request at a time."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._buffer = bytearray()
+        self._authenticated = False
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._bridge.connected(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._bridge.disconnected(self)
+        if self._task is not None:
+            self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer)
+            if size > (self._bridge.frame_bytes if self._authenticated else 4096):
+                log.warning("a frame of %d bytes on a helper channel: connection dropped", size)
+                return self.abort()
+            if len(self._buffer) < _LENGTH.size + size:
+                return None
+            frame = self._buffer[_LENGTH.size : _LENGTH.size + size]
+            del self._buffer[: _LENGTH.size + size]
+            if not self._take(frame):
+                log.warning("a malformed or unauthenticated frame on a helper channel: connection dropped")
+                return self.abort()
+        return None
+
+    def _take(self, frame: bytearray) -> bool:
+        try:
+            message = json.loads(frame)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(message, dict):
+            return False
+        if not self._authenticated:
+            token = message.get("token")
+            self._authenticated = isinstance(token, str) and hmac.compare_digest(
+                token.encode("utf-8", "replace"), self._bridge.token.encode("ascii")
+            )
+            return self._authenticated
+        if self._task is not None and not self._task.done():
+            return False
+        self._task = asyncio.get_running_loop().create_task(self._bridge.serve(message, self))
+        return True
+
+    def reply(self, message: dict[str, Any], fd: int | None) -> None:
+        payload = json.dumps(message).encode("ascii")
+        frame = _LENGTH.pack(len(payload)) + payload
+        try:
+            if self._transport.is_closing():
+                return
+            if fd is None:
+                self._transport.write(frame)
+            else:
+                _send_with_fd(self._transport, frame, fd)
+        except OSError as error:
+            log.debug("the kernel went away before the reply: %s", error)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+
+def _send_with_fd(transport: asyncio.Transport, frame: bytes, fd: int) -> None:
+    # asyncio's own socket object has no sendmsg; nothing is queued on a connection that waits for this reply.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+        socket.send_fds(connection, [frame], [fd])
+
+
+def _bind(
+    name: str, signature: inspect.Signature, arguments: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    unknown = sorted(arguments.keys() - signature.parameters.keys())
+    if unknown:
+        raise HelperError(f"{name}: unexpected arguments {unknown}")
+    ordered = {key: arguments[key] for key in signature.parameters if key in arguments}
+    try:
+        bound = inspect.BoundArguments(signature, ordered)
+        args, kwargs = bound.args, bound.kwargs
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise HelperError(f"{name}: {error}") from None
+    return args, kwargs
+
+
+def _failures(result: Any) -> dict[int, str]:
+    if not isinstance(result, list):
+        return {}
+    return {index: str(item) for index, item in enumerate(result) if isinstance(item, HelperFailure)}
+
+
+def _reply(name: str, result: Any) -> dict[str, Any]:
+    try:
+        json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise HelperError(
+            f"{name} failed: it returned a {type(result).__name__} that is no JSON value"
+        ) from None
+    return {"ok": result, "failed": list(_failures(result))}
+
+
+def _memfd(text: str) -> tuple[int, int]:
+    fd = os.memfd_create("context", os.MFD_CLOEXEC)
+    size = 0
+    with os.fdopen(os.dup(fd), "wb") as file:
+        for start in range(0, len(text), _ENCODE_PIECE):
+            size += file.write(text[start : start + _ENCODE_PIECE].encode("utf-8", "surrogatepass"))
+    return fd, size

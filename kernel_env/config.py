@@ -1,0 +1,182 @@
+"""Everything that can be set, in two frozen objects, and the only reader of `os.environ`."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kernel_env.errors import ConfigError
+
+__all__ = ["RESERVED_NAMES", "EnvConfig", "HostEnvironment", "Limits", "from_env"]
+
+RESERVED_NAMES = frozenset(
+    {"context", "answer", "FINAL", "FINAL_VAR", "SHOW_VARS", "HelperError", "HelperFailure"}
+    | {"llm_query", "llm_query_batched", "llm_batch", "rlm_query", "rlm_query_batched"}
+    | {"In", "Out", "exit", "quit", "get_ipython", "open"}
+)
+"""Names a user's tool cannot have: ours, and IPython's own."""
+
+_PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH")
+_PASSED_ON_PREFIXES = ("LC_", "OMP_", "OPENBLAS_", "MKL_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on one episode. Every breach is an observation, or an error that names the limit."""
+
+    cell_active: float = 120.0
+    """Seconds a cell may be busy, the time its own helper calls are in flight not counted."""
+    cell_total: float = 600.0
+    """Seconds a cell may take whatever it does."""
+    episode: float = math.inf
+    """Seconds from the end of `reset` to the last permitted moment of a step."""
+    interrupt_grace: float = 2.0
+    """Seconds an interrupted cell has to end before its kernel is killed."""
+    kernel_start: float = 60.0
+    """Seconds a kernel has to become ready."""
+    restarts: int = 3
+    """Kernels that may replace a lost one in the same episode."""
+    answer_bytes: int = 64 * 2**20
+    """UTF-8 bytes of a final answer; a longer one is refused, never cut."""
+    helper_frame_bytes: int = 256 * 2**20
+    """Bytes of one helper request, JSON-encoded."""
+    helper_concurrency: int = 64
+    """User functions that run at once for one environment, each in a thread of its own if it is sync."""
+    cell_output: int = 4 * 2**20
+    """Characters of one cell's output that the record and the notebook keep."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            least = 0 if entry.name == "restarts" else math.ulp(0.0)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
+                wanted = "a whole number >= 0" if entry.name == "restarts" else "a number > 0"
+                raise ConfigError(f"Limits.{entry.name} = {value!r}; give {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """How an environment makes its episodes; checked once, at construction.
+
+    Raises:
+        ConfigError: an argument cannot be used, or what it asks for does not exist yet.
+    """
+
+    max_iterations: int = 30
+    max_output_length: int = 8192
+    """Characters of `stdout` and of `stderr` the policy sees; the marker of a cut comes on top."""
+    context_preview_length: int = 500
+    kernel_name: str = "python3"
+    limits: Limits = field(default_factory=Limits)
+    rubric: Any = None
+    """Any `(action, observation) -> float`, sync or async; None means `REPLRubric()`."""
+    llm_query_fn: Callable[..., Any] | None = None
+    llm_batch_fn: Callable[..., Any] | None = None
+    subcall_fn: Callable[..., Any] | None = None
+    subcall_batch_fn: Callable[..., Any] | None = None
+    tools: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    on_output: Callable[[dict[str, Any]], None] | None = None
+    """Called with each output as it arrives, on the event loop: it must be quick."""
+    on_turn: Callable[[Any], Any] | None = None
+    """Called with each finished `Turn`; sync or async."""
+    isolation: str = "auto"
+    preload: Sequence[str] = ()
+    files: Mapping[str, Any] | None = None
+    rlm_max_depth: int = 1
+    rlm_max_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max_iterations", self.max_iterations)
+        check_count("max_output_length", self.max_output_length)
+        check_count("context_preview_length", self.context_preview_length, least=0)
+        for name in (
+            "llm_query_fn",
+            "llm_batch_fn",
+            "subcall_fn",
+            "subcall_batch_fn",
+            "on_output",
+            "on_turn",
+            "rubric",
+        ):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name} = {value!r} is not callable")
+        if inspect.iscoroutinefunction(self.on_output):
+            raise ConfigError("on_output is called between two messages and cannot be async; use on_turn")
+        for name, tool in self.tools.items():
+            _check_tool(name, tool)
+        self._refuse_what_is_not_there()
+
+    def _refuse_what_is_not_there(self) -> None:
+        if self.isolation not in {"auto", "process"}:
+            raise ConfigError(
+                f"isolation={self.isolation!r}: this version has 'process' (and 'auto', which picks it)"
+            )
+        if self.preload:
+            raise ConfigError(
+                f"preload={self.preload!r}: this version starts every kernel afresh; leave it empty"
+            )
+        if self.files:
+            raise ConfigError(
+                f"files={sorted(self.files)!r}: this version copies no files in; use context or tools"
+            )
+        if self.rlm_max_depth != 1:
+            raise ConfigError(
+                f"rlm_max_depth={self.rlm_max_depth!r}: this version has no runner; give subcall_fn"
+            )
+        if self.rlm_max_iterations is not None:
+            raise ConfigError(
+                f"rlm_max_iterations={self.rlm_max_iterations!r}: this version has no runner; give subcall_fn"
+            )
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} = {value!r}; give a whole number >= {least}")
+
+
+def _check_tool(name: object, tool: object) -> None:
+    if (
+        not isinstance(name, str)
+        or not name.isidentifier()
+        or keyword.iskeyword(name)
+        or name.startswith("_")
+    ):
+        raise ConfigError(
+            f"tools[{name!r}]: the name must be a Python identifier without a leading underscore"
+        )
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"tools[{name!r}]: the name is reserved; choose another")
+    if not callable(tool):
+        raise ConfigError(f"tools[{name!r}] = {tool!r} is not callable")
+
+
+@dataclass(frozen=True)
+class HostEnvironment:
+    """What kernel_env takes from the environment of its process."""
+
+    kernel_variables: dict[str, str]
+    """The allow-list a kernel's own environment is built from: no key, token or address is in it."""
+    context: str | None
+    """`REPL_CONTEXT`, used where `REPLEnvironment` and `reset` were given no context."""
+    task_prompt: str | None
+    """`REPL_TASK_PROMPT`, likewise."""
+
+
+def from_env() -> HostEnvironment:
+    """Read `os.environ`, now."""
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
+    }
+    # A kernel's HOME is its own folder; packages of `pip install --user` must still be found.
+    passed["PYTHONUSERBASE"] = os.environ.get("PYTHONUSERBASE") or str(Path.home() / ".local")
+    return HostEnvironment(passed, os.environ.get("REPL_CONTEXT"), os.environ.get("REPL_TASK_PROMPT"))

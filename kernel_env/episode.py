@@ -1,0 +1,126 @@
+"""The record of an episode: what exporters, rubrics and trainers read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kernel_env.errors import ConfigError
+from kernel_env.types import DoneReason, REPLAction, REPLObservation
+
+__all__ = ["Context", "Episode", "HelperCall", "Turn"]
+
+
+class HelperCall(BaseModel):
+    """One call from the kernel to the host, as it was made and as it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    arguments: dict[str, Any]
+    result: Any = None
+    failed: dict[int, str] = Field(default_factory=dict)
+    """Of a batch: index of each item that failed → the text the kernel got in its place."""
+    error: str | None = None
+    started: float
+    """Seconds since the epoch."""
+    duration: float
+    """Seconds."""
+
+
+class Turn(BaseModel):
+    """One counted step: the action, what the policy saw of it, and what only the host knows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    action: REPLAction
+    observation: REPLObservation
+    execution_count: int | None = None
+    """The kernel's `In [n]`; None where no cell ran."""
+    started: float
+    """Seconds since the epoch."""
+    active_time: float = 0.0
+    """Seconds the cell was busy, without the time its helper calls were in flight."""
+    helper_calls: tuple[HelperCall, ...] = ()
+
+
+class Episode(BaseModel):
+    """An episode as a list of turns. The environment appends; everybody else reads."""
+
+    episode_id: str
+    task_prompt: str = ""
+    context: str = ""
+    """The text of the context; of lists and dicts, their JSON."""
+    context_type: Literal["str", "json"] = "str"
+    kernel_name: str
+    max_iterations: int
+    seed: int | None = None
+    isolation: str = "process"
+    limits: dict[str, float | None] = Field(default_factory=dict)
+    """The `Limits` in force; None where there is no bound."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    started: float
+    """Seconds since the epoch."""
+    start_time: float = 0.0
+    """Seconds `reset` took, the kernel's start included."""
+    turns: list[Turn] = Field(default_factory=list)
+    done_reason: DoneReason | None = None
+    final_answer: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.done_reason is not None
+
+    @property
+    def reward(self) -> float | None:
+        """The reward of the last turn; the earlier ones are on their observations."""
+        return self.turns[-1].observation.reward if self.turns else None
+
+    @property
+    def total_execution_time(self) -> float:
+        """Wall seconds of all cells."""
+        return sum(turn.observation.result.execution_time for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The input of an episode: its exact text, and whether the kernel sees that text or its JSON value."""
+
+    text: str
+    type: Literal["str", "json"]
+
+    @classmethod
+    def of(cls, value: object) -> Context:
+        """Read a context given by a caller.
+
+        Raises:
+            ConfigError: `value` is no JSON value; the message has the path to what is not.
+        """
+        if isinstance(value, str):
+            return cls(value, "str")
+        _check_json(value)
+        return cls(json.dumps(value, ensure_ascii=False, allow_nan=False), "json")
+
+
+def _check_json(value: object) -> None:
+    # json.dumps makes lists of tuples, and "1" of the key 1, without a word: another value.
+    pending: list[tuple[str, object]] = [("context", value)]
+    while pending:
+        path, item = pending.pop()
+        if isinstance(item, dict):
+            for key, child in item.items():
+                if not isinstance(key, str):
+                    raise ConfigError(f"{path} has the key {key!r}; JSON has only text keys")
+                pending.append((f"{path}[{key!r}]", child))
+        elif isinstance(item, list):
+            pending.extend((f"{path}[{index}]", child) for index, child in enumerate(item))
+        elif isinstance(item, float) and (item != item or item in (float("inf"), float("-inf"))):
+            raise ConfigError(f"{path} is {item!r}, which JSON does not have")
+        elif item is not None and not isinstance(item, str | int | float):
+            raise ConfigError(
+                f"{path} is a {type(item).__name__}; a context is text or a JSON value"
+                " (dict, list, str, number, bool, None)"
+            )

@@ -1,0 +1,108 @@
+"""Every error kernel_env raises, as one tree.
+
+    KernelEnvError
+    ├─ UsageError            the caller broke the protocol
+    │  ├─ ResetRequired      step or state before reset, or after close   (a RuntimeError)
+    │  ├─ EpisodeOver        step after the episode ended
+    │  └─ ConfigError        an argument cannot be used                   (a ValueError)
+    ├─ KernelError           the kernel failed, not the code in it
+    │  ├─ KernelStartError   no kernel became ready
+    │  └─ KernelDied         the kernel is gone and no other took over
+    ├─ HelperError           a helper could not be served                 (raised inside the kernel too)
+    ├─ RubricError           a user's rubric raised, or returned no number
+    └─ LimitExceeded         a limit by name, with its value and what was asked for
+
+A cell that fails, runs out of time or kills its kernel raises nothing: it is an observation.
+Exceptions are for the caller's mistakes and ours; each says what happened and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "ConfigError",
+    "EpisodeOver",
+    "HelperError",
+    "KernelDied",
+    "KernelEnvError",
+    "KernelError",
+    "KernelStartError",
+    "LimitExceeded",
+    "ResetRequired",
+    "RubricError",
+    "UsageError",
+    "boundary",
+]
+
+
+class KernelEnvError(Exception):
+    """Base class of every error that kernel_env raises on purpose."""
+
+
+class UsageError(KernelEnvError):
+    """Raised when the environment is used against its protocol."""
+
+
+class ResetRequired(UsageError, RuntimeError):
+    """Raised when there is no episode: before `reset`, or after `close`."""
+
+
+class EpisodeOver(UsageError):
+    """Raised by a step after the one that ended the episode."""
+
+
+class ConfigError(UsageError, ValueError):
+    """Raised when an argument has a value that cannot be used, naming the value."""
+
+
+class KernelError(KernelEnvError):
+    """Base class of failures of a kernel, as opposed to failures of the code it runs."""
+
+
+class KernelStartError(KernelError):
+    """Raised when a kernel does not become ready; carries the tail of its stderr."""
+
+
+class KernelDied(KernelError):
+    """Raised when the kernel is gone and none could replace it."""
+
+
+class HelperError(KernelEnvError):
+    """Raised when a helper call fails.
+
+    A user function that raises this chooses the text the model reads; of any other exception
+    the model is told the type alone, because messages can hold paths, keys or prompts.
+    """
+
+
+class RubricError(KernelEnvError):
+    """Raised when a rubric raises or returns something that is not a finite number."""
+
+
+class LimitExceeded(KernelEnvError):
+    """Raised when something is larger than a limit allows.
+
+    Attributes: `limit` (its name in `Limits`), `value` (what was asked for), `maximum`.
+    """
+
+    def __init__(self, limit: str, value: float, maximum: float) -> None:
+        super().__init__(f"{value:,} is over Limits.{limit} = {maximum:,}; raise that limit or ask for less")
+        self.limit = limit
+        self.value = value
+        self.maximum = maximum
+
+    def __reduce__(self) -> tuple[type[LimitExceeded], tuple[str, float, float]]:
+        return type(self), (self.limit, self.value, self.maximum)
+
+
+@contextmanager
+def boundary(kind: type[KernelEnvError], what: str) -> Iterator[None]:
+    """Turn any exception of code that is not ours into `kind`, keeping it as the cause."""
+    try:
+        yield
+    except KernelEnvError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {type(error).__name__}: {error}") from error

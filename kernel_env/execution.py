@@ -1,0 +1,171 @@
+"""One request to a kernel: while it is under way, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from kernel_env.bridge import Cell
+from kernel_env.episode import HelperCall
+from kernel_env.outputs import Output, Outputs
+from kernel_env.types import Status
+
+__all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
+
+log = logging.getLogger("kernel_env.execution")
+
+PAYLOAD = "kernel_env"
+"""The `source` of the guest's payload in an execute reply, and our key in a request's metadata."""
+
+
+class Report(BaseModel):
+    """What the guest says of the namespace after a cell."""
+
+    names: list[str] = Field(max_length=10_000)
+    changed: dict[str, str] = Field(max_length=1_000)
+    restored: list[str] = Field(max_length=1_000)
+    notes: list[str] = Field(max_length=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How one cell went: everything it published, and what became of its kernel."""
+
+    status: Status
+    outputs: list[Output]
+    execution_count: int | None
+    exception: str | None
+    """`Type: message` of what ended the cell early."""
+    notes: tuple[str, ...]
+    """What the environment did about it, a sentence each."""
+    report: Report | None
+    answer: str | None
+    """The text the cell submitted last."""
+    calls: tuple[HelperCall, ...]
+    started: float
+    duration: float
+    active_time: float
+    lost_variables: tuple[str, ...] = ()
+    restarted: bool = False
+    cancelled: bool = False
+    """The caller was cancelled meanwhile and must raise that when it has kept the execution."""
+    kernel_lost: bool = False
+    """The kernel is gone and no other took over."""
+
+
+@dataclass
+class Running:
+    """A request under way: what has come of it so far."""
+
+    id: str
+    outputs: Outputs
+    cell: Cell
+    sent: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
+    busy_since: float | None = None
+    is_idle: bool = False
+    reply: dict[str, Any] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_reason: str | None = None
+    cancelled: bool = False
+    died: bool = False
+    ended_at: float | None = None
+
+    @property
+    def active_time(self) -> float:
+        if self.busy_since is None:
+            return 0.0
+        return max((self.ended_at or time.monotonic()) - self.busy_since - self.cell.waited, 0.0)
+
+    def die(self) -> None:
+        self.died = True
+        self.end()
+
+    def check_end(self) -> None:
+        # The reply can overtake iopub: the cell is over when both the reply and this request's idle are in.
+        if self.is_idle and self.reply is not None:
+            self.end()
+
+    def end(self) -> None:
+        if self.ended_at is None:
+            self.ended_at = time.monotonic()
+        self.ended.set()
+
+    def conclude(self, process_end: str, why: str | None, *, killed: bool) -> Execution:
+        """What came of the request: `why` it was stopped, if it was, and how the process ended, if it did."""
+        reply = self.reply or {}
+        status: Status = "ok" if reply.get("status") == "ok" else "error"
+        ename, evalue = reply.get("ename", reply.get("status")), reply.get("evalue", "")
+        exception = None if status == "ok" else f"{ename}: {evalue}"
+        report = _report(reply)
+        notes = [f"Restored: {', '.join(report.restored)}."] if report and report.restored else []
+        notes += report.notes if report else []
+        if why is not None:
+            told_to = self.stop_reason is not None
+            status, kind = ("error", "KeyboardInterrupt") if told_to else ("timeout", "TimeoutError")
+            exception = f"{kind}: the cell was stopped because {why}"
+            kept = (
+                "it ignored the interrupt and its kernel was killed" if killed else "its variables are kept"
+            )
+            notes.append(f"The cell was stopped because {why}; {kept}.")
+        if self.died and not killed:
+            status, exception = "died", f"KernelDied: the kernel {process_end}"
+            notes.append(f"The kernel {process_end}.")
+        count = reply.get("execution_count")
+        return Execution(
+            status=status,
+            outputs=self.outputs.finish(),
+            execution_count=count if isinstance(count, int) else None,
+            exception=exception,
+            notes=tuple(notes),
+            report=report,
+            answer=self.cell.answer,
+            calls=tuple(self.cell.calls),
+            started=self.started,
+            duration=(self.ended_at or time.monotonic()) - self.sent,
+            active_time=self.active_time,
+            cancelled=self.cancelled,
+        )
+
+
+def refusal(code: str) -> Execution | None:
+    """The failed execution of code that can be neither sent nor compiled because it is no Unicode text."""
+    try:
+        code.encode()
+    except UnicodeEncodeError as error:
+        position = error.start
+    else:
+        return None
+    exception = (
+        f"SyntaxError: the code has a lone surrogate {code[position]!a} at character {position}; "
+        "write it as an escape inside a string literal"
+    )
+    return Execution(
+        status="error",
+        outputs=[],
+        execution_count=None,
+        exception=exception,
+        notes=(),
+        report=None,
+        answer=None,
+        calls=(),
+        started=time.time(),
+        duration=0.0,
+        active_time=0.0,
+    )
+
+
+def _report(reply: dict[str, Any]) -> Report | None:
+    payloads = [p for p in reply.get("payload") or [] if isinstance(p, dict) and p.get("source") == PAYLOAD]
+    if not payloads:
+        return None
+    try:
+        return Report.model_validate(payloads[-1])
+    except ValidationError as error:
+        log.warning("the kernel's report is malformed: %s", error)
+        return None

@@ -1,0 +1,374 @@
+"""A running kernel that belongs to one episode: execute, interrupt, replace, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kernel_env.bridge import Bridge, Helper, describe
+from kernel_env.config import Limits
+from kernel_env.episode import Context
+from kernel_env.errors import KernelDied, KernelError, KernelStartError
+from kernel_env.execution import PAYLOAD, Execution, Running, refusal
+from kernel_env.outputs import Output, Outputs, plain_traceback
+from kernel_env.process import KernelProcess, make_folder, remove_folder
+
+__all__ = ["Kernel", "KernelSetup"]
+
+log = logging.getLogger("kernel_env.kernel")
+
+_GUEST = Path(__file__).parent / "guest"
+_LATE_MESSAGES = 1000
+# Expressions, so that they leave no name behind; what they work on comes in the request's metadata.
+_RUN_BOOT = (
+    "(lambda shell, request: exec(request['boot'], {'shell': shell, 'request': request}))"
+    "(get_ipython(), get_ipython().kernel.get_parent()['metadata']['kernel_env'])"
+)
+_RUN_SEND_TEXT = (
+    "__import__('_kernel_env_helpers').send_text_of("
+    "**get_ipython().kernel.get_parent()['metadata']['kernel_env'])"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSetup:
+    """What every kernel of one episode is started with."""
+
+    kernel_name: str
+    limits: Limits
+    helpers: Mapping[str, Helper]
+    context: Context
+    seed: int | None
+
+
+class Kernel:
+    """A ready kernel with the helpers in its namespace; make one with `await Kernel.start(setup)`."""
+
+    def __init__(self, setup: KernelSetup) -> None:
+        self._setup = setup
+        self._running: Running | None = None
+        self._late: list[tuple[str, dict[str, Any]]] = []
+        self._is_subscribed = asyncio.Event()
+        self._restarts = 0
+        self._given: frozenset[str] = frozenset()
+        self._names: list[str] = []
+
+    @classmethod
+    async def start(cls, setup: KernelSetup) -> Kernel:
+        """Start a kernel and install the guest in it.
+
+        Raises:
+            ConfigError: there is no such kernelspec.
+            KernelStartError: no kernel became ready; nothing is left of it.
+        """
+        kernel = cls(setup)
+        await kernel._start()
+        return kernel
+
+    async def _start(self) -> None:
+        setup, limits = self._setup, self._setup.limits
+        folder = make_folder()
+        self._bridge = Bridge(folder / "h", setup.helpers, setup.context, limits)
+        self._is_subscribed.clear()
+        try:
+            await self._bridge.open()
+            self._process = await KernelProcess.launch(
+                setup.kernel_name, folder, self._on_message, self._on_exit
+            )
+        except BaseException:
+            self._bridge.close()
+            remove_folder(folder)
+            raise
+        try:
+            async with asyncio.timeout(limits.kernel_start):
+                await self._wait_until_ready()
+                await self._install()
+        except BaseException as error:
+            tail = self._process.stderr_tail
+            await self.close()
+            if isinstance(error, TimeoutError):
+                raise KernelStartError(
+                    f"kernel {setup.kernel_name!r} was not ready after Limits.kernel_start = "
+                    f"{limits.kernel_start:g} s; its stderr ends:\n{tail}"
+                ) from error
+            raise
+
+    async def _wait_until_ready(self) -> None:
+        # ipykernel 7 says iopub_welcome once the subscription holds; an older one is asked until a
+        # request's idle comes through.
+        while True:
+            running = self._begin("kernel_info_request", {})
+            try:
+                async with asyncio.timeout(1.0):
+                    await running.ended.wait()
+            except TimeoutError:
+                if running.reply is None or not self._is_subscribed.is_set():
+                    continue
+            finally:
+                self._finish(running)
+            if running.died:
+                raise KernelStartError(
+                    f"kernel {self._setup.kernel_name!r} {self._process.end} before it was ready; "
+                    f"its stderr ends:\n{self._process.stderr_tail}"
+                )
+            return
+
+    async def _install(self) -> None:
+        setup = self._setup
+        options = {
+            "socket": str(self._bridge.path),
+            "token": self._bridge.token,
+            "session": self._process.session.session,
+            "frame_bytes": setup.limits.helper_frame_bytes,
+            "answer_bytes": setup.limits.answer_bytes,
+            "seed": setup.seed,
+            "helpers": [describe(name, helper) for name, helper in setup.helpers.items()],
+        }
+        request = {
+            "boot": (_GUEST / "boot.py").read_text("utf-8"),
+            "sources": {
+                "_kernel_env_bridge": (_GUEST / "bridge.py").read_text("utf-8"),
+                "_kernel_env_helpers": (_GUEST / "helpers.py").read_text("utf-8"),
+            },
+            "options": options,
+        }
+        execution = await self._execute_silently(_RUN_BOOT, request, may_replace=False)
+        if execution.report is None:
+            raise KernelStartError(
+                f"kernel {setup.kernel_name!r} did not take the helpers: {execution.exception}\n"
+                + "\n".join(plain_traceback(o["traceback"]) for o in execution.outputs if "traceback" in o)
+                + self._process.stderr_tail
+            )
+        self._given = frozenset(execution.report.names)
+        self._names = execution.report.names
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        active: float | None = None,
+        total: float | None = None,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> Execution:
+        """Run `code` as one cell and collect everything it publishes.
+
+        A cell active for more than `active` seconds (helper waits excluded; default `Limits.cell_active`)
+        or under way for more than `total` (default `Limits.cell_total`) is interrupted. A kernel that
+        ignores the interrupt, or dies, is replaced, and its namespace is lost (`Execution.restarted`).
+        """
+        if (refused := refusal(code)) is not None:
+            return refused
+        outputs = Outputs(self._setup.limits.cell_output, on_output)
+        running = self._begin("execute_request", _execute_content(code, silent=False), outputs=outputs)
+        for late in self._late:
+            outputs.add(*late)
+        self._late.clear()
+        execution = await self._see_through(running, active, total)
+        if execution.report is None and not execution.restarted and not execution.kernel_lost:
+            return await self._repair(execution)
+        return execution
+
+    async def text_of(self, expression: str, *, convert: str, active: float | None = None) -> Execution:
+        """Evaluate an expression in the namespace; its `str` or `repr` is the execution's answer.
+
+        Raises:
+            KernelDied: the kernel is gone and none replaced it.
+        """
+        if self._process.exited.is_set() and not self._can_replace:
+            raise KernelDied(
+                "the kernel is gone and Limits.restarts is used up; call reset() for a new episode"
+            )
+        return await self._execute_silently(
+            _RUN_SEND_TEXT, {"expression": expression, "convert": convert}, active=active
+        )
+
+    def stop(self, reason: str) -> None:
+        """End the cell that runs, if one does, as if its time were up."""
+        if self._running is not None:
+            self._running.stop_reason = reason
+            self._running.ended.set()
+
+    async def close(self) -> None:
+        """End the kernel; nothing of it is left."""
+        self._bridge.close()
+        await self._process.kill()
+
+    def close_now(self) -> None:
+        """The same when the loop it lived on is closed."""
+        self._process.kill_now()
+
+    @property
+    def names(self) -> list[str]:
+        """The names in the namespace when it was last seen, sorted."""
+        return self._names
+
+    @property
+    def _can_replace(self) -> bool:
+        return self._restarts < self._setup.limits.restarts
+
+    async def _execute_silently(
+        self, code: str, metadata: dict[str, Any], *, active: float | None = None, may_replace: bool = True
+    ) -> Execution:
+        content = _execute_content(code, silent=True)
+        running = self._begin("execute_request", content, metadata)
+        return await self._see_through(running, active, None, may_replace=may_replace)
+
+    def _begin(
+        self,
+        kind: str,
+        content: dict[str, Any],
+        metadata: dict[str, Any] | None = None,
+        outputs: Outputs | None = None,
+    ) -> Running:
+        message = self._process.message(kind, content, {PAYLOAD: metadata} if metadata else None)
+        identifier: str = message["header"]["msg_id"]
+        running = Running(
+            id=identifier,
+            outputs=outputs or Outputs(self._setup.limits.cell_output),
+            cell=self._bridge.begin(identifier),
+        )
+        self._running = running
+        if self._process.exited.is_set():
+            running.die()
+        else:
+            self._process.send(message)
+        return running
+
+    def _finish(self, running: Running) -> None:
+        self._bridge.end(running.cell)
+        if self._running is running:
+            self._running = None
+
+    def _on_exit(self) -> None:
+        if self._running is not None:
+            self._running.die()
+
+    def _on_message(self, channel: str, message: dict[str, Any]) -> None:
+        kind, content = message["msg_type"], message["content"]
+        if kind == "iopub_welcome":
+            self._is_subscribed.set()
+            return
+        parent, running = message["parent_header"], self._running
+        if channel == "iopub" and kind != "status" and parent.get("session") == self._process.session.session:
+            # A thread or a task of an earlier cell may still print: it shows with this cell, or the next.
+            if running is not None:
+                running.outputs.add(kind, content)
+            elif len(self._late) < _LATE_MESSAGES:
+                self._late.append((kind, content))
+        if running is None or parent.get("msg_id") != running.id:
+            return
+        if channel == "shell":
+            running.reply = content
+        elif kind == "status" and content.get("execution_state") == "busy":
+            running.busy_since = time.monotonic()
+        elif kind == "status" and content.get("execution_state") == "idle":
+            running.is_idle = True
+        running.check_end()
+
+    async def _see_through(
+        self, running: Running, active: float | None, total: float | None, *, may_replace: bool = True
+    ) -> Execution:
+        """Wait for the end of a request, or bring it about, and replace the kernel if it is gone."""
+        limits = self._setup.limits
+        why, killed = None, False
+        try:
+            why = await self._wait(
+                running,
+                limits.cell_active if active is None else active,
+                limits.cell_total if total is None else min(limits.cell_total, total),
+            )
+            if why is not None:
+                killed = await self._stop(running, why)
+            if running.died:
+                await self._process.settle()
+        finally:
+            self._finish(running)
+        execution = running.conclude(self._process.end, why, killed=killed)
+        if execution.report is not None:
+            self._names = execution.report.names
+        if not running.died or not may_replace:
+            return execution
+        lost = [name for name in self._names if name not in self._given]
+        if await self._replace():
+            note = f"A fresh kernel took over; lost variables: {', '.join(lost) or 'none'}."
+            return replace(
+                execution, notes=(*execution.notes, note), restarted=True, lost_variables=tuple(lost)
+            )
+        note = f"No kernel took over (Limits.restarts = {limits.restarts})."
+        return replace(
+            execution, notes=(*execution.notes, note), kernel_lost=True, lost_variables=tuple(lost)
+        )
+
+    async def _wait(self, running: Running, active: float, total: float) -> str | None:
+        """Wait until the request has ended (None), or must be ended (why)."""
+        while True:
+            if running.ended_at is not None:
+                return None
+            if running.stop_reason is not None:
+                return running.stop_reason
+            left_active = active - running.active_time
+            left_total = total - (time.monotonic() - running.sent)
+            if left_total <= 0:
+                return f"it took more than {total:g} s in all"
+            if left_active <= 0:
+                return f"it was active for more than {active:g} s"
+            # While a helper call is in flight the active time stands still: look again, but not in a spin.
+            pause = max(left_active, 0.05) if running.cell.in_flight else left_active
+            try:
+                async with asyncio.timeout(min(pause, left_total)):
+                    await running.ended.wait()
+            except TimeoutError:
+                continue
+            except asyncio.CancelledError:
+                # The cell ends first, and is reported; whoever asked raises the cancellation then.
+                running.cancelled = True
+                running.stop_reason = "the caller interrupted it"
+
+    async def _stop(self, running: Running, why: str) -> bool:
+        """Interrupt the cell, and kill its kernel if that does not end it; True if it had to be killed."""
+        running.ended.clear()
+        running.cell.cancel(f"its cell was stopped because {why}")
+        await self._process.interrupt()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._setup.limits.interrupt_grace):
+                await running.ended.wait()
+        if running.ended_at is not None:
+            return False
+        await self._process.terminate()
+        return True
+
+    async def _replace(self) -> bool:
+        await self.close()
+        if not self._can_replace:
+            return False
+        self._restarts += 1
+        self._late.clear()
+        try:
+            await self._start()
+        except KernelError:
+            log.exception("no kernel could be started in place of the one that was lost")
+            return False
+        return True
+
+    async def _repair(self, execution: Execution) -> Execution:
+        # The report is missing: the cell has taken our hooks out, or worse.
+        await self._install()
+        note = "The environment's hooks were gone from the kernel; they are installed again."
+        return replace(execution, notes=(*execution.notes, note))
+
+
+def _execute_content(code: str, *, silent: bool) -> dict[str, Any]:
+    return {
+        "code": code,
+        "silent": silent,
+        "store_history": not silent,
+        "user_expressions": {},
+        "allow_stdin": False,
+        "stop_on_error": False,
+    }

@@ -1,0 +1,141 @@
+"""Episode → Jupyter notebook (nbformat 4.5): a markdown cell for the task, a code cell for every turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from kernel_env.episode import Episode, Turn
+from kernel_env.errors import ConfigError
+
+__all__ = ["SCHEMA", "check_target", "to_notebook", "write_notebook"]
+
+SCHEMA = 1
+"""Version of what stands under `metadata.kernel_env`."""
+
+
+def to_notebook(episode: Episode) -> dict[str, Any]:
+    """The notebook of an episode, valid and in plain JSON types.
+
+    Everything the record has is in it: what the notebook format has a place for is there, and the whole
+    of it under the one metadata key `kernel_env`, of the notebook for the episode and of each code cell
+    for its turn.
+    """
+    record = episode.model_dump(mode="python", exclude={"turns"})
+    notebook = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {
+            "kernelspec": {"name": episode.kernel_name, "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+            "kernel_env": {"schema": SCHEMA, "episode": record | {"reward": episode.reward}},
+        },
+        "cells": [
+            {"id": "task", "cell_type": "markdown", "metadata": {}, "source": _header(episode)},
+            *(_cell(number, turn) for number, turn in enumerate(episode.turns, start=1)),
+        ],
+    }
+    # Validates what a reader will load; text with lone surrogates only stands as an escape in the file.
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _header(episode: Episode) -> str:
+    facts = [
+        ("Answer", _shown(episode.final_answer)),
+        ("Reward", "–" if episode.reward is None else f"{episode.reward:g}"),
+        ("Ended by", episode.done_reason or "not ended"),
+        ("Turns", f"{len(episode.turns)} of {episode.max_iterations}"),
+        ("Context", f"{len(episode.context):,} characters"),
+        ("Kernel", episode.kernel_name + ("" if episode.seed is None else f", seed {episode.seed}")),
+        ("Time in cells", f"{episode.total_execution_time:.2f} s"),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    task = (
+        "\n".join(f"> {_escaped(line)}" for line in episode.task_prompt.splitlines()) or "> *no task prompt*"
+    )
+    return f"# Episode {_escaped(episode.episode_id)}\n\n{task}\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def _shown(answer: str | None) -> str:
+    if answer is None:
+        return "*none*"
+    line = " ".join(answer.split())
+    return _escaped(line if len(line) <= 300 else line[:300] + "…") or "*empty*"
+
+
+def _escaped(text: str) -> str:
+    # Task and answer may come from a model: they are shown, not rendered.
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|$~" else c for c in text)
+
+
+def _cell(number: int, turn: Turn) -> dict[str, Any]:
+    observation = turn.observation
+    source = turn.action.code
+    if turn.action.is_final and not source:
+        source = "# The policy submitted its final answer without code; see the metadata of this cell."
+    return {
+        "id": f"turn-{number}",
+        "cell_type": "code",
+        "execution_count": turn.execution_count,
+        "metadata": {
+            "kernel_env": {
+                "turn": number,
+                "reward": observation.reward,
+                "done": observation.done,
+                **turn.model_dump(mode="python", exclude={"observation": {"outputs"}}),
+            }
+        },
+        "source": source,
+        "outputs": observation.outputs,
+    }
+
+
+def write_notebook(episode: Episode, path: str | Path) -> Path:
+    """Write the notebook whole or not at all, replacing an older one.
+
+    Raises:
+        ConfigError: the path does not end in `.ipynb`, or cannot be written.
+    """
+    target = check_target(path)
+    # The escapes of lone surrogates, which UTF-8 does not have, are what JSON calls them too.
+    text = json.dumps(to_notebook(episode), ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
+    data = (text + "\n").encode("utf-8", "backslashreplace")
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return target
+
+
+def check_target(path: str | Path) -> Path:
+    """Make sure that a notebook can be written to `path`, before there is one.
+
+    Raises:
+        ConfigError: it cannot, with the reason.
+    """
+    target = Path(path)
+    if target.suffix != ".ipynb":
+        raise ConfigError(f"cannot export to {str(target)!r}: the name must end in .ipynb")
+    if not target.parent.is_dir():
+        raise ConfigError(f"cannot export to {str(target)!r}: there is no folder {str(target.parent)!r}")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"cannot export to {str(target)!r}: it is a folder, or its folder is not writable")
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

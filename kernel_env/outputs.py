@@ -1,0 +1,209 @@
+"""Messages of a cell → outputs in a notebook's shape → text for the policy. The one place that truncates."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["Output", "Outputs", "clip", "plain_traceback", "stderr_text", "stdout_text", "stream_text"]
+
+Output = dict[str, Any]
+"""One entry of a code cell's `outputs` (nbformat 4.5)."""
+
+_PIECE = 2**16
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_LIBRARY_PATH = re.compile(
+    r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
+)
+_OTHER_PATH = re.compile(r"(?<=File )(\"?)[/~][^\n\":]*/(?=[^\n\":/]+)")
+
+
+def clip(text: str, limit: int) -> str:
+    """Keep the head and the tail of `text` around one marker that gives the true length.
+
+    The parts kept make `limit` characters; the marker comes on top.
+    """
+    if len(text) <= limit:
+        return text
+    tail = limit // 2
+    return text[: limit - tail] + _marker(len(text)) + text[len(text) - tail :]
+
+
+def _marker(total: int) -> str:
+    return f"\n... (truncated, total {total} chars) ...\n"
+
+
+class Outputs:
+    """The outputs of one cell, in order of arrival, in bounded memory.
+
+    Past `limit` characters the first half of them and the latest are kept, with a marker between.
+    """
+
+    def __init__(self, limit: int, on_output: Callable[[Output], None] | None = None) -> None:
+        self._half = max(limit // 2, 1)
+        self._on_output = on_output
+        self._displays: dict[str, list[Output]] = {}
+        self._clear_before_next = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._head: list[Output] = []
+        self._tail: deque[Output] = deque()
+        self._head_size = self._tail_size = self._dropped = self._total = 0
+
+    def add(self, message_type: str, content: dict[str, Any]) -> None:
+        """Take one iopub message; types that are not output are ignored."""
+        if message_type == "clear_output":
+            self._clear_before_next = True
+            if not content.get("wait"):
+                self._apply_clear()
+        elif message_type == "update_display_data":
+            self._update(content)
+        elif (output := _output_of(message_type, content, self._half)) is not None:
+            self._apply_clear()
+            display_id = (content.get("transient") or {}).get("display_id")
+            if display_id is not None:
+                self._displays.setdefault(display_id, []).append(output)
+            for piece in _pieces(output):
+                self._keep(piece)
+            if self._on_output is not None:
+                self._on_output(output)
+
+    def finish(self) -> list[Output]:
+        """The outputs so far, neighbouring pieces of one stream joined."""
+        middle: list[Output] = []
+        if self._dropped:
+            middle = [{"output_type": "stream", "name": "stdout", "text": _marker(self._total)}]
+        return _joined([*self._head, *middle, *self._tail])
+
+    def _apply_clear(self) -> None:
+        if self._clear_before_next:
+            self._clear_before_next = False
+            self._clear()
+            self._displays.clear()
+
+    def _update(self, content: dict[str, Any]) -> None:
+        display_id = (content.get("transient") or {}).get("display_id", "")
+        data = _bounded_data(content.get("data") or {}, self._half)
+        for output in self._displays.get(display_id, []):
+            output["data"], output["metadata"] = data, dict(content.get("metadata") or {})
+
+    def _keep(self, piece: Output) -> None:
+        size = _size(piece)
+        self._total += size
+        if not self._tail and self._head_size + size <= self._half:
+            self._head.append(piece)
+            self._head_size += size
+            return
+        self._tail.append(piece)
+        self._tail_size += size
+        while self._tail_size > self._half and len(self._tail) > 1:
+            gone = _size(self._tail.popleft())
+            self._tail_size -= gone
+            self._dropped += gone
+
+
+def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output | None:
+    match message_type:
+        case "stream":
+            name = "stderr" if content.get("name") == "stderr" else "stdout"
+            return {"output_type": "stream", "name": name, "text": str(content.get("text", ""))}
+        case "display_data" | "execute_result":
+            output: Output = {
+                "output_type": message_type,
+                "data": _bounded_data(content.get("data") or {}, limit),
+                "metadata": dict(content.get("metadata") or {}),
+            }
+            if message_type == "execute_result":
+                output["execution_count"] = content.get("execution_count")
+            return output
+        case "error":
+            return {
+                "output_type": "error",
+                "ename": clip(str(content.get("ename", "")), limit),
+                "evalue": clip(str(content.get("evalue", "")), limit),
+                "traceback": [clip(str(line), limit) for line in content.get("traceback") or []],
+            }
+    return None
+
+
+def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for mime, value in data.items():
+        size = len(value) if isinstance(value, str) else len(repr(value))
+        if size <= limit:
+            kept[mime] = value
+        elif mime == "text/plain":
+            kept[mime] = clip(str(value), limit)
+        else:
+            # Half an image or half a page is worth nothing: say that it was there.
+            kept.setdefault("text/plain", f"<{mime} of {size} chars, over Limits.cell_output, not kept>")
+    return kept
+
+
+def _pieces(output: Output) -> Iterable[Output]:
+    if output["output_type"] != "stream" or len(output["text"]) <= _PIECE:
+        return [output]
+    text = output["text"]
+    return [{**output, "text": text[at : at + _PIECE]} for at in range(0, len(text), _PIECE)]
+
+
+def _size(output: Output) -> int:
+    match output["output_type"]:
+        case "stream":
+            return len(output["text"])
+        case "error":
+            return len(output["evalue"]) + sum(map(len, output["traceback"]))
+        case _:
+            return sum(len(v) if isinstance(v, str) else len(repr(v)) for v in output["data"].values())
+
+
+def _joined(outputs: Iterable[Output]) -> list[Output]:
+    joined: list[Output] = []
+    texts: list[str] = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output["output_type"] == "stream" and last.get("name") == output["name"]:
+            texts.append(output["text"])
+            continue
+        if texts:
+            last["text"] = "".join(texts)
+        joined.append(dict(output))
+        texts = [output["text"]] if output["output_type"] == "stream" else []
+    if texts:
+        joined[-1]["text"] = "".join(texts)
+    return joined
+
+
+def stream_text(outputs: Iterable[Output], name: str) -> str:
+    """Everything written to one stream."""
+    return "".join(o["text"] for o in outputs if o["output_type"] == "stream" and o["name"] == name)
+
+
+def stdout_text(outputs: Iterable[Output]) -> str:
+    """The stdout stream and the `text/plain` of results and displays, each result on lines of its own."""
+    parts: list[str] = []
+    for output in outputs:
+        if output["output_type"] == "stream" and output["name"] == "stdout":
+            parts.append(output["text"])
+        elif "text/plain" in output.get("data", {}):
+            if parts and not parts[-1].endswith("\n"):
+                parts.append("\n")
+            parts.append(f"{output['data']['text/plain']}\n")
+    return "".join(parts)
+
+
+def stderr_text(outputs: Iterable[Output]) -> str:
+    """The stderr stream, then the traceback in plain text."""
+    outputs = list(outputs)
+    parts = [stream_text(outputs, "stderr")]
+    parts += [plain_traceback(o["traceback"]) for o in outputs if o["output_type"] == "error"]
+    return "\n".join(part.rstrip("\n") for part in parts if part)
+
+
+def plain_traceback(lines: Iterable[str]) -> str:
+    """A traceback without colours, its file names without the host's folders."""
+    text = _ANSI.sub("", "\n".join(lines))
+    return _OTHER_PATH.sub(r"\1", _LIBRARY_PATH.sub(r"\1", text))

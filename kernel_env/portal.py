@@ -1,0 +1,161 @@
+"""Where sync meets async: the one loop thread for callers without a loop, and threads for sync callables.
+
+Everything else in the package is written once, as coroutines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import os
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from kernel_env.errors import UsageError
+
+__all__ = ["as_async", "run", "run_in_thread"]
+
+T = TypeVar("T")
+
+
+_loop: asyncio.AbstractEventLoop | None = None
+_starting = threading.Lock()
+_idle: list[_Worker] = []
+
+
+def _get_loop() -> asyncio.AbstractEventLoop:
+    # Not anyio's portal: its cancellation strikes again at every await until the call has unwound, and an
+    # interrupted step must still await the end of its cell. The thread is a daemon, so an environment that
+    # nobody closed does not keep the interpreter alive; its kernel is ended by the exit hook in process.py.
+    global _loop
+    with _starting:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, daemon=True, name="kernel_env-loop").start()
+        return _loop
+
+
+def _after_fork() -> None:
+    # The child has neither the loop thread nor the workers; it gets its own on first use.
+    global _loop, _starting
+    _loop, _starting = None, threading.Lock()
+    _idle.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+    """Run a coroutine function on the loop thread and wait for its result.
+
+    Works with or without a running loop in the calling thread. On KeyboardInterrupt the coroutine is
+    cancelled, once, and waited for before the interrupt goes on; a second one does not wait.
+
+    Raises:
+        UsageError: called on the loop thread itself, from a callback, where waiting would never end.
+    """
+    loop = _get_loop()
+    ended = threading.Event()
+
+    async def body() -> T:
+        try:
+            return await function(*args)
+        finally:
+            ended.set()
+
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is loop:
+            raise UsageError(
+                "sync methods cannot be called from a callback on the loop; await the async ones"
+            )
+    future = asyncio.run_coroutine_threadsafe(body(), loop)
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.cancel()
+        ended.wait()
+        raise
+
+
+def as_async(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    """Adapt a user's callable: a coroutine function runs on the loop, any other in a thread."""
+    call = getattr(function, "__call__", None)  # noqa: B004 - an instance's own type may have an async __call__
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+        return function
+
+    async def adapted(*args: Any, **kwargs: Any) -> Any:
+        result = await run_in_thread(function, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    return adapted
+
+
+async def run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run `function` in a thread of its own; cancelled, the thread is left to finish unheard.
+
+    asyncio's worker threads are joined at exit, so one hanging call would keep the interpreter
+    alive; its executor also has six workers on two cores (measured: 32 calls of
+    100 ms took 606 ms), and a shared pool deadlocks sync subcalls that open environments.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+    worker.jobs.put((partial(contextvars.copy_context().run, function, *args, **kwargs), loop, future))
+    return await future
+
+
+class _Worker(threading.Thread):
+    """A daemon thread that runs one job at a time and ends after ten idle seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="kernel_env-worker")
+        self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                function, loop, future = self.jobs.get(timeout=10)
+            except queue.Empty:
+                try:
+                    _idle.remove(self)
+                except ValueError:
+                    continue  # somebody has just taken this worker: its job is on the way
+                return
+            result, error = _outcome(function)
+            _idle.append(self)
+            try:
+                loop.call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:
+                continue  # the loop was closed: nobody waits for this result
+            finally:
+                del function, loop, future, result, error
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return function(), None
+    except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
+        if isinstance(error, StopIteration) or not isinstance(error, Exception):
+            # asyncio lets these three through a task into the loop itself, and would end it.
+            wrapped = RuntimeError(f"the function raised {type(error).__name__}")
+            wrapped.__cause__ = error
+            return None, wrapped
+        return None, error
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

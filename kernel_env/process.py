@@ -1,0 +1,340 @@
+"""One kernel process: its folder, its sockets, its death. What runs in it is `kernel.py`'s business."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.session import Session
+
+from kernel_env.config import from_env
+from kernel_env.errors import ConfigError, KernelStartError
+from kernel_env.portal import run_in_thread
+
+__all__ = ["KernelProcess", "find_kernelspec", "make_folder", "remove_folder"]
+
+log = logging.getLogger("kernel_env.process")
+
+OnMessage = Callable[[str, dict[str, Any]], None]
+
+# The longest socket name under a folder is "/k-5"; a Unix socket's path has at most 107 bytes.
+_LONGEST_FOLDER = 107 - len("/k-5")
+_STDERR_TAIL = 8192
+_DRAIN_AT_ONCE = 500
+
+_IPYTHON_CONFIG = {
+    # History goes to a database file: 2.6 ms of a step, and locks on network file systems.
+    "HistoryManager": {"enabled": False},
+    "InteractiveShellApp": {"exec_PYTHONSTARTUP": False},
+    "IPKernelApp": {"quiet": True},
+}
+
+_live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
+
+
+def find_kernelspec(name: str) -> KernelSpec:
+    """Look up an installed kernelspec.
+
+    Raises:
+        ConfigError: there is none of that name, with the names there are, or it is not for Python.
+    """
+    manager = KernelSpecManager()
+    try:
+        spec: KernelSpec = manager.get_kernel_spec(name)
+    except (NoSuchKernel, ValueError) as error:
+        installed = ", ".join(sorted(manager.find_kernel_specs())) or "none (pip install ipykernel)"
+        raise ConfigError(f"kernel_name={name!r} is not installed; installed: {installed}") from error
+    if spec.language.lower() != "python":
+        raise ConfigError(f"kernel_name={name!r} runs {spec.language}; the helpers need an IPython kernel")
+    return spec
+
+
+def make_folder() -> Path:
+    """Make a kernel's private folder (0700), short enough for its sockets' names."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) + len("/ke-xxxxxxxx") > _LONGEST_FOLDER:
+        parent = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="ke-", dir=parent))
+    for name in ("work", "home", "tmp"):
+        (folder / name).mkdir()
+    profile = folder / "ipython" / "profile_default"
+    profile.mkdir(parents=True)
+    (profile / "ipython_kernel_config.json").write_text(json.dumps(_IPYTHON_CONFIG))
+    return folder
+
+
+class KernelProcess:
+    """A kernel process from launch to death, with this host as its client.
+
+    `on_message` gets every message of the channels "shell" and "iopub", on the loop, as soon as it is in;
+    `on_exit` is called once, when the process has ended.
+    """
+
+    def __init__(
+        self,
+        manager: AsyncKernelManager,
+        folder: Path,
+        stderr: int,
+        on_message: OnMessage,
+        on_exit: Callable[[], None],
+    ) -> None:
+        self.folder = folder
+        self.session: Session = manager.session
+        self.exited = asyncio.Event()
+        self._manager = manager
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self._owner = os.getpid()
+        self._popen = manager.provisioner.process  # type: ignore[union-attr]
+        self.pid: int = self._popen.pid
+        self._stderr = stderr
+        self._stderr_tail = b""
+        self._received = 0
+        self._pidfd = os.pidfd_open(self.pid)
+        self._sockets = {
+            "iopub": self._connect("iopub", zmq.SUB),
+            "shell": self._connect("shell", zmq.DEALER),
+        }
+        self._loop.add_reader(self._pidfd, self._take_exit)
+        self._loop.add_reader(self._stderr, self._read_stderr)
+        for channel in self._sockets.values():
+            self._loop.add_reader(_fileno(channel), self._drain)
+        self._drain()
+        _live.add(self)
+
+    @classmethod
+    async def launch(
+        cls, kernel_name: str, folder: Path, on_message: OnMessage, on_exit: Callable[[], None]
+    ) -> KernelProcess:
+        """Start the process; it is not ready yet.
+
+        Raises:
+            ConfigError: no such kernelspec.
+            KernelStartError: its command could not be run.
+        """
+        find_kernelspec(kernel_name)
+        manager = AsyncKernelManager(
+            kernel_name=kernel_name,
+            transport="ipc",
+            ip=str(folder / "k"),
+            connection_file=str(folder / "connection.json"),
+            context=zmq.asyncio.Context(_shared_context()),
+            # Not orjson even where it is installed: it refuses text with lone surrogates.
+            session=Session(
+                key=os.urandom(32).hex().encode(), packer="json", unpacker="json", check_pid=False
+            ),
+        )
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        try:
+            await manager.start_kernel(
+                env=_environment(folder),
+                cwd=str(folder / "work"),
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=write_end,
+            )
+        except OSError as error:
+            os.close(read_end)
+            manager.ready.exception()
+            raise KernelStartError(f"kernel {kernel_name!r} could not be launched: {error}") from error
+        finally:
+            os.close(write_end)
+        return cls(manager, folder, read_end, on_message, on_exit)
+
+    def _connect(self, channel: str, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = _shared_context().socket(kind)
+        socket.linger = 0
+        # At the default of 1,000 messages zmq drops output, `idle` included, while the host is slow.
+        socket.rcvhwm = 0
+        socket.sndhwm = 0
+        # zmq tries again only every 100 ms by itself, and the kernel binds some time after its start.
+        socket.reconnect_ivl = 5
+        if kind == zmq.SUB:
+            socket.subscribe(b"")
+        else:
+            socket.identity = self.session.bsession
+        socket.connect(f"ipc://{self._manager.ip}-{getattr(self._manager, f'{channel}_port')}")
+        return socket
+
+    def message(
+        self, kind: str, content: dict[str, Any], metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Make a request, whose id is then known before it is sent."""
+        message: dict[str, Any] = self.session.msg(kind, content=content, metadata=metadata)
+        return message
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.session.send(self._sockets["shell"], message)
+        # Sending can swallow the edge that tells of messages which are already in.
+        self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        for channel, socket in self._sockets.items():
+            for _ in range(_DRAIN_AT_ONCE):
+                if socket.closed or not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                    break
+                self._receive(channel, socket.recv_multipart(zmq.NOBLOCK))
+            else:
+                self._loop.call_soon(self._drain)  # let other tasks run before the rest of a flood
+
+    def _receive(self, channel: str, frames: list[bytes]) -> None:
+        self._received += 1
+        try:
+            _, parts = self.session.feed_identities(frames)
+            message = self.session.deserialize(parts)
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
+            return
+        self._on_message(channel, message)
+
+    def _take_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._signal_group()  # its children; once the process is reaped, the group's id may be another's
+        self._popen.wait()
+        self._read_stderr()
+        self.exited.set()
+        self._on_exit()
+
+    def _read_stderr(self) -> None:
+        try:
+            data = os.read(self._stderr, 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            self._loop.remove_reader(self._stderr)
+        self._stderr_tail = (self._stderr_tail + data)[-_STDERR_TAIL:]
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last lines the process itself wrote to its stderr."""
+        return self._stderr_tail.decode("utf-8", "replace").strip()
+
+    @property
+    def end(self) -> str:
+        """How the process ended, in words."""
+        code = self._popen.returncode
+        if code is None:
+            return "is running"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    async def interrupt(self) -> None:
+        """Interrupt what runs, the way the kernelspec asks for."""
+        if not self.exited.is_set():
+            await self._manager.interrupt_kernel()
+
+    async def settle(self, seconds: float = 0.05) -> None:
+        """Read what a dead process has left in its sockets, until nothing came for `seconds`."""
+        seen = -1
+        while seen != self._received:
+            seen = self._received
+            await asyncio.sleep(seconds)
+
+    async def terminate(self) -> None:
+        """Kill the process and its group, and wait for the end."""
+        self._signal_group()
+        await self.exited.wait()
+
+    async def kill(self) -> None:
+        """Terminate, close what this host holds of the process and remove its folder."""
+        if self not in _live:
+            return
+        _live.discard(self)
+        await self.terminate()
+        self._release()
+        await self._manager.provisioner.wait()  # type: ignore[union-attr]
+        await self._manager.cleanup_resources()
+        await run_in_thread(remove_folder, self.folder)
+
+    def kill_now(self) -> None:
+        """The same without a loop, when there is none left to wait in."""
+        _live.discard(self)
+        self._signal_group()
+        self._popen.wait()
+        self._release()
+        remove_folder(self.folder)
+
+    def _signal_group(self) -> None:
+        if self._popen.returncode is not None:
+            return
+        try:
+            os.killpg(self.pid, signal.SIGKILL)  # jupyter_client starts every kernel in a session of its own
+        except ProcessLookupError:
+            return
+
+    def _release(self) -> None:
+        for fd in (self._pidfd, self._stderr, *(_fileno(channel) for channel in self._sockets.values())):
+            self._loop.remove_reader(fd)
+        for channel in self._sockets.values():
+            channel.close(linger=0)
+        os.close(self._pidfd)
+        os.close(self._stderr)
+
+
+@atexit.register
+def _kill_what_is_left() -> None:
+    for process in list(_live):
+        if process._owner == os.getpid():
+            process.kill_now()
+
+
+_contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
+
+
+def _shared_context() -> zmq.Context[zmq.Socket[bytes]]:
+    # One for all kernels: a context of its own costs each client 2 threads and 14 file descriptors. It does
+    # not survive a fork.
+    context = _contexts.get(os.getpid())
+    if context is None:
+        context = _contexts.setdefault(os.getpid(), zmq.Context())
+        context.set(zmq.MAX_SOCKETS, 65_535)
+    return context
+
+
+def _fileno(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.get(zmq.FD))
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **from_env().kernel_variables,
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "tmp"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        # Sets of text have the same order in every kernel; else the same seed would not give the same output.
+        "PYTHONHASHSEED": "0",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a kernel's folder, whatever permissions its cells gave to what is in there."""
+
+    def make_removable(function: Any, path: str, _: Any) -> None:
+        # A cell may have taken its own folders' permissions away.
+        os.chmod(os.path.dirname(path), stat.S_IRWXU)
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.chmod(path, stat.S_IRWXU)
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+    try:
+        shutil.rmtree(folder, onerror=make_removable)
+    except OSError as error:
+        log.warning("the kernel's folder %s could not be removed: %s", folder, error)

@@ -1,0 +1,297 @@
+"""One episode under way: its kernel, its record, and the rules by which a turn is made and judged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from kernel_env import portal
+from kernel_env.answer import printed_marker
+from kernel_env.config import EnvConfig
+from kernel_env.episode import Context, Episode, Turn
+from kernel_env.errors import EpisodeOver, KernelDied, RubricError
+from kernel_env.execution import Execution
+from kernel_env.helpers import HostHelpers
+from kernel_env.kernel import Kernel, KernelSetup
+from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
+from kernel_env.rubrics import Scorer
+from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation
+
+__all__ = ["Rollout"]
+
+log = logging.getLogger("kernel_env.rollout")
+
+_VERSIONED = ("kernel_env", "ipykernel", "jupyter_client", "nbformat")
+_ANSWER_CONTENT = "answer.get('content', '') if isinstance(answer, dict) else ''"
+
+
+class Rollout:
+    """An episode from its reset to its close; make one with `await Rollout.start(…)`."""
+
+    def __init__(
+        self, config: EnvConfig, scorer: Scorer, record: Episode, kernel: Kernel, context: Context
+    ) -> None:
+        self.record = record
+        self.iteration = 0
+        self._config = config
+        self._scorer = scorer
+        self._on_turn = portal.as_async(config.on_turn) if config.on_turn is not None else None
+        self._kernel = kernel
+        self._context = context
+        self._deadline = time.monotonic() + config.limits.episode
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def start(
+        cls,
+        config: EnvConfig,
+        scorer: Scorer,
+        context: Context,
+        *,
+        task_prompt: str,
+        max_iterations: int,
+        seed: int | None,
+        episode_id: str | None,
+    ) -> Rollout:
+        """Start the episode's kernel and its record.
+
+        Raises:
+            ConfigError, KernelStartError: as `Kernel.start`.
+        """
+        started, clock = time.time(), time.monotonic()
+        limits = config.limits
+        kernel = await Kernel.start(
+            KernelSetup(
+                kernel_name=config.kernel_name,
+                limits=limits,
+                helpers=HostHelpers(config).available(),
+                context=context,
+                seed=seed,
+            )
+        )
+        record = Episode(
+            episode_id=episode_id or uuid.uuid4().hex,
+            task_prompt=task_prompt,
+            context=context.text,
+            context_type=context.type,
+            kernel_name=config.kernel_name,
+            max_iterations=max_iterations,
+            seed=seed,
+            limits={name: value if value < math.inf else None for name, value in asdict(limits).items()},
+            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            started=started,
+            start_time=time.monotonic() - clock,
+        )
+        return cls(config, scorer, record, kernel, context)
+
+    def first_observation(self) -> REPLObservation:
+        """What the policy sees before its first action."""
+        return self._observe(CodeBlockResult(stdout=_reset_message(self.record)))
+
+    @property
+    def names(self) -> list[str]:
+        """The names in the kernel's namespace, sorted, as of the last cell."""
+        return self._kernel.names
+
+    @property
+    def _time_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    async def step(self, action: REPLAction, timeout_s: float | None) -> REPLObservation:
+        """Run one action, judge it, record it; a cancellation goes on once the turn is recorded.
+
+        Raises:
+            EpisodeOver: the episode has ended.
+            RubricError: the rubric failed; the turn is recorded, without a reward.
+        """
+        async with self._lock:
+            if self.record.done:
+                raise EpisodeOver("the episode is over; call reset() for the next one")
+            self.iteration += 1
+            execution: Execution | None = None
+            answer: str | None = action.final_answer or ""
+            if action.is_final:
+                result = CodeBlockResult(stdout="Final answer submitted.")
+            else:
+                execution = await self._execute(action, timeout_s)
+                answer = await self._answer(action, execution)
+                result = self._result(execution)
+            reason, answer = await self._judge_end(execution, answer)
+            if reason == "max_iterations":
+                note = f"Maximum iterations ({self.record.max_iterations}) reached."
+                result.stdout += ("\n" if result.stdout and not result.stdout.endswith("\n") else "") + note
+            self.record.done_reason, self.record.final_answer = reason, answer
+            observation = self._observe(result, execution)
+            try:
+                failure = await self._reward(action, observation)
+            finally:
+                turn = _turn_of(action, observation, execution)
+                self.record.turns.append(turn)
+        if self._on_turn is not None:
+            try:
+                await self._on_turn(turn)
+            except Exception:
+                log.exception("on_turn raised; the episode goes on")
+        if execution is not None and execution.cancelled:
+            raise asyncio.CancelledError
+        if failure is not None:
+            raise failure
+        return observation
+
+    async def variable(self, expression: str, timeout_s: float | None) -> REPLObservation:
+        """Evaluate an expression and show its `repr`; no turn.
+
+        Raises:
+            KernelDied: the kernel is gone and none replaced it.
+        """
+        async with self._lock:
+            execution = await self._kernel.text_of(expression, convert="repr", active=timeout_s)
+            if execution.cancelled:
+                raise asyncio.CancelledError
+            shown = f"{execution.answer}\n" if execution.answer is not None else ""
+            return self._observe(self._result(execution, stdout_end=shown), execution)
+
+    def stop(self, reason: str) -> None:
+        """End the cell that runs, if one does, as if its time were up."""
+        self._kernel.stop(reason)
+
+    async def close(self) -> None:
+        """End the episode and its kernel."""
+        self.stop("the environment was closed")
+        async with self._lock:
+            if not self.record.done:
+                self.record.done_reason = "closed"
+            await self._kernel.close()
+
+    def close_now(self) -> None:
+        """The same when the loop it lived on is closed."""
+        if not self.record.done:
+            self.record.done_reason = "closed"
+        self._kernel.close_now()
+
+    async def _execute(self, action: REPLAction, timeout_s: float | None) -> Execution:
+        return await self._kernel.execute(
+            action.code,
+            active=timeout_s,
+            total=max(self._time_left, 0.001),
+            on_output=self._output_callback(),
+        )
+
+    def _output_callback(self) -> Callable[[dict[str, Any]], None] | None:
+        callback = self._config.on_output
+        if callback is None:
+            return None
+
+        def guarded(output: dict[str, Any]) -> None:
+            try:
+                callback(output)
+            except Exception:
+                log.exception("on_output raised; the cell goes on")
+
+        return guarded
+
+    async def _answer(self, action: REPLAction, execution: Execution) -> str | None:
+        """The answer a cell gave: submitted from inside, or printed on purpose."""
+        if execution.answer is not None:
+            return execution.answer
+        marker = printed_marker(action.code, stream_text(execution.outputs, "stdout"))
+        if marker is None or not marker.is_variable:
+            return marker.text if marker is not None else None
+        if execution.restarted or execution.kernel_lost or not marker.text.isidentifier():
+            return None
+        return (await self._kernel.text_of(marker.text, convert="str")).answer
+
+    async def _judge_end(
+        self, execution: Execution | None, answer: str | None
+    ) -> tuple[DoneReason | None, str | None]:
+        if answer is not None:
+            return "final", answer
+        if execution is not None and execution.kernel_lost:
+            return "kernel_died", None
+        if self._time_left <= 0:
+            return "timeout", None
+        if self.iteration < self.record.max_iterations:
+            return None, None
+        with contextlib.suppress(KernelDied):
+            content = await self._kernel.text_of(_ANSWER_CONTENT, convert="str")
+            return "max_iterations", content.answer or None
+        return "max_iterations", None
+
+    async def _reward(self, action: REPLAction, observation: REPLObservation) -> RubricError | None:
+        try:
+            observation.reward = await self._scorer.score(action, observation)
+        except RubricError as error:
+            return error  # raised once the turn is recorded
+        return None
+
+    def _result(self, execution: Execution, *, stdout_end: str = "") -> CodeBlockResult:
+        limit = self._config.max_output_length
+        stderr = stderr_text(execution.outputs)
+        shows_error = any(output["output_type"] == "error" for output in execution.outputs)
+        if execution.exception is not None and not shows_error:
+            stderr = "\n".join(filter(None, [stderr, execution.exception]))
+        notes = "\n".join(f"[kernel_env] {note}" for note in execution.notes)
+        return CodeBlockResult(
+            stdout=clip(stdout_text(execution.outputs) + stdout_end, limit),
+            stderr="\n".join(filter(None, [clip(stderr, limit), notes])),
+            locals_snapshot=execution.report.changed if execution.report else {},
+            execution_time=execution.duration,
+            success=execution.status == "ok",
+            exception=execution.exception,
+        )
+
+    def _observe(self, result: CodeBlockResult, execution: Execution | None = None) -> REPLObservation:
+        record, context = self.record, self._context
+        metadata: dict[str, Any] = {"task_prompt": record.task_prompt}
+        if self.iteration == 0 and execution is None:
+            metadata |= {"message": "Environment ready.", "isolation": record.isolation}
+        else:
+            metadata |= {"final_answer": record.final_answer, "execution_time": result.execution_time}
+        if record.done:
+            spent = record.total_execution_time + result.execution_time
+            metadata |= {"total_execution_time": spent, "total_iterations": self.iteration}
+        return REPLObservation(
+            result=result,
+            context_preview=context.text[: self._config.context_preview_length],
+            context_length=len(context.text),
+            available_variables=list(self._kernel.names),
+            iteration=self.iteration,
+            max_iterations=record.max_iterations,
+            done=record.done,
+            metadata=metadata,
+            final_answer=record.final_answer,
+            done_reason=record.done_reason,
+            status=execution.status if execution else "ok",
+            restarted=execution.restarted if execution else False,
+            lost_variables=list(execution.lost_variables) if execution else [],
+            outputs=execution.outputs if execution else [],
+        )
+
+
+def _turn_of(action: REPLAction, observation: REPLObservation, execution: Execution | None) -> Turn:
+    return Turn(
+        action=action.model_copy(deep=True),
+        observation=observation.model_copy(deep=True),
+        execution_count=execution.execution_count if execution else None,
+        started=execution.started if execution else time.time(),
+        active_time=execution.active_time if execution else 0.0,
+        helper_calls=execution.calls if execution else (),
+    )
+
+
+def _reset_message(record: Episode) -> str:
+    lines = ["REPL environment initialized."]
+    if record.context:
+        lines.append(f"Context loaded ({len(record.context)} chars). Use 'context' variable to access it.")
+    if record.task_prompt:
+        lines.append(f"Task: {record.task_prompt}")
+    lines.append("Use answer['content'] to store your answer, and set answer['ready'] = True when done.")
+    return "\n".join(lines)
