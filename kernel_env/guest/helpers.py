@@ -126,7 +126,7 @@ class Guest:
             raise self.bridge.HelperError(
                 f"the answer has {size:,} bytes; Limits.answer_bytes is {self.answer_bytes:,}: shorten it"
             )
-        self.channel.request({"op": "submit", "text": text})
+        self.channel.exchange(self.channel.encode({"op": "submit", "text": text}))
 
     def is_own(self, parent: dict[str, Any]) -> bool:
         """Whether a request came from the host, not from somebody else's client."""
