@@ -20,6 +20,7 @@ from kernel_env.errors import (
     UsageError,
 )
 from kernel_env.local import LocalREPLEnv
+from kernel_env.notebook import to_notebook, write_notebook
 from kernel_env.rubrics import (
     CodeExecutionRubric,
     CustomMetricRubric,
@@ -60,6 +61,8 @@ __all__ = [
     "StepResult",
     "Turn",
     "UsageError",
+    "to_notebook",
+    "write_notebook",
 ]
 
 for _name in __all__:

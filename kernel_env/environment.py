@@ -6,10 +6,9 @@ import asyncio
 import importlib.metadata
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from kernel_env import notebook, portal
+from kernel_env import portal
 from kernel_env.config import EnvConfig, Limits, check_count, from_env
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import ConfigError, ResetRequired, UsageError
@@ -169,13 +168,6 @@ class REPLEnvironment:
         if self._episode is None:
             raise ResetRequired("there is no episode yet; call reset() first")
         return self._episode
-
-    def export(self, path: str | Path) -> Path:
-        """Write the record as a Jupyter notebook, also after `close`; returns the path.
-
-        The file is written whole or not at all.
-        """
-        return notebook.write_notebook(self.episode, path)
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Name, description and version, for a server or a registry; the name is OpenEnv's."""

@@ -10,6 +10,7 @@ from typing import Any
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, Turn
+from kernel_env.notebook import write_notebook
 from kernel_env.types import REPLAction, REPLObservation, REPLState, StepResult
 
 __all__ = ["LocalREPLEnv"]
@@ -122,8 +123,12 @@ class LocalREPLEnv:
         return self._env.episode
 
     def export(self, path: str | Path) -> Path:
-        """Write the record as a Jupyter notebook; also after `close`."""
-        return self._env.export(path)
+        """Write the record as a Jupyter notebook, also after `close`; returns the path.
+
+        Raises:
+            ConfigError: the path cannot be written, or does not end in `.ipynb`.
+        """
+        return write_notebook(self.episode, path)
 
     def close(self) -> None:
         """End the episode and its kernel."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import nbformat
 from kernel_env.episode import Episode, Turn
 from kernel_env.errors import ConfigError
 
-__all__ = ["SCHEMA", "check_target", "to_notebook", "write_notebook"]
+__all__ = ["SCHEMA", "check_target", "read_cells", "to_notebook", "write_notebook"]
 
 SCHEMA = 1
 """Version of what stands under `metadata.kernel_env`."""
@@ -139,3 +140,46 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def read_cells(path: str | Path) -> list[str]:
+    """The code cells of a notebook, or of a Python file with `# %%` lines, in order.
+
+    Text before the first `# %%` of a Python file is a cell if it is more than comments; cells marked
+    `[markdown]` or `[raw]` are left out, as are empty ones.
+
+    Raises:
+        ConfigError: the file cannot be read as either, or has no code cell.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the script {str(file)!r}: {error}") from error
+    if file.suffix == ".ipynb":
+        cells = _notebook_cells(file, text)
+    elif file.suffix == ".py":
+        cells = _percent_cells(text)
+    else:
+        raise ConfigError(f"the script {str(file)!r} must be a notebook (.ipynb) or a Python file (.py)")
+    if not cells:
+        raise ConfigError(f"the script {str(file)!r} has no code cell")
+    return cells
+
+
+def _notebook_cells(file: Path, text: str) -> list[str]:
+    try:
+        notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ConfigError(f"{str(file)!r} is no notebook: {error}") from error
+    return [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+
+
+def _percent_cells(text: str) -> list[str]:
+    head, *parts = re.split(r"^# ?%%", text, flags=re.MULTILINE)
+    cells = [head] if any(line.strip() and not line.startswith("#") for line in head.splitlines()) else []
+    for part in parts:
+        title, _, body = part.partition("\n")
+        if body.strip() and "[markdown]" not in title and "[md]" not in title and "[raw]" not in title:
+            cells.append(f"#{title}\n{body}".strip() if title.strip() else body.strip())
+    return [cell.strip("\n") for cell in cells]
