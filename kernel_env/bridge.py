@@ -57,6 +57,8 @@ class Helper:
     function: Callable[..., Awaitable[Any]]
     signature: inspect.Signature
     doc: str
+    is_typed: bool = False
+    """The kernel holds callers to the annotations; those of a user's tool are documentation."""
 
 
 def describe(name: str, helper: Helper) -> dict[str, Any]:
@@ -72,7 +74,13 @@ def describe(name: str, helper: Helper) -> dict[str, Any]:
             entry["default"] = repr(parameter.default)
         parameters.append(entry)
     returns = _annotation_text(helper.signature.return_annotation)
-    return {"name": name, "parameters": parameters, "returns": returns, "doc": helper.doc}
+    return {
+        "name": name,
+        "parameters": parameters,
+        "returns": returns,
+        "doc": helper.doc,
+        "is_typed": helper.is_typed,
+    }
 
 
 def _annotation_text(annotation: Any) -> str | None:

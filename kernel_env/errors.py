@@ -9,8 +9,7 @@
     │  ├─ KernelStartError   no kernel became ready
     │  └─ KernelDied         the kernel is gone and no other took over
     ├─ HelperError           a helper could not be served                 (raised inside the kernel too)
-    ├─ RubricError           a user's rubric raised, or returned no number
-    └─ LimitExceeded         a limit by name, with its value and what was asked for
+    └─ RubricError           a user's rubric raised, or returned no number
 
 A cell that fails, runs out of time or kills its kernel raises nothing: it is an observation.
 Exceptions are for the caller's mistakes and ours; each says what happened and what to do next.
@@ -29,7 +28,6 @@ __all__ = [
     "KernelEnvError",
     "KernelError",
     "KernelStartError",
-    "LimitExceeded",
     "ResetRequired",
     "RubricError",
     "UsageError",
@@ -81,28 +79,12 @@ class RubricError(KernelEnvError):
     """Raised when a rubric raises or returns something that is not a finite number."""
 
 
-class LimitExceeded(KernelEnvError):
-    """Raised when something is larger than a limit allows.
-
-    Attributes: `limit` (its name in `Limits`), `value` (what was asked for), `maximum`.
-    """
-
-    def __init__(self, limit: str, value: float, maximum: float) -> None:
-        super().__init__(f"{value:,} is over Limits.{limit} = {maximum:,}; raise that limit or ask for less")
-        self.limit = limit
-        self.value = value
-        self.maximum = maximum
-
-    def __reduce__(self) -> tuple[type[LimitExceeded], tuple[str, float, float]]:
-        return type(self), (self.limit, self.value, self.maximum)
-
-
 @contextmanager
 def boundary(kind: type[KernelEnvError], what: str) -> Iterator[None]:
     """Turn any exception of code that is not ours into `kind`, keeping it as the cause."""
     try:
         yield
-    except KernelEnvError:
+    except kind:
         raise
     except Exception as error:
         raise kind(f"{what}: {type(error).__name__}: {error}") from error

@@ -45,7 +45,7 @@ class HostHelpers:
             functions["rlm_query"] = self.rlm_query
             functions["rlm_query_batched"] = self.rlm_query_batched
         helpers = {
-            name: Helper(function, inspect.signature(function), inspect.getdoc(function) or "")
+            name: Helper(function, inspect.signature(function), inspect.getdoc(function) or "", is_typed=True)
             for name, function in functions.items()
         }
         return helpers | {name: self._tool(name, tool) for name, tool in self._config.tools.items()}
@@ -173,7 +173,7 @@ class HostHelpers:
         async def guarded(*args: Any, **kwargs: Any) -> Any:
             return await self._guarded(name, call, *args, **kwargs)
 
-        return Helper(guarded, _signature(tool), inspect.getdoc(tool) or "")
+        return Helper(guarded, _signature(tool) or _ANYTHING, inspect.getdoc(tool) or "")
 
 
 class _Adapted:
@@ -184,8 +184,8 @@ class _Adapted:
     """
 
     def __init__(self, function: Callable[..., Any], names: Sequence[str]) -> None:
-        call = as_async(function)
-        parameters = list(_signature(function).parameters.values())
+        signature = _signature(function)
+        parameters = list(signature.parameters.values()) if signature is not None else []
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -197,7 +197,7 @@ class _Adapted:
         self.options = {
             name for name in names if takes_all or name in by_name or (name == "model" and self._second)
         }
-        self._call = call
+        self._call = as_async(function)
 
     async def call(self, subject: Any, **options: Any) -> Any:
         args = [options.pop("model")] if self._second and "model" in options else []
@@ -208,15 +208,19 @@ def _adapt(function: Callable[..., Any] | None, *names: str) -> _Adapted | None:
     return None if function is None else _Adapted(function, names)
 
 
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):  # some builtins have none
-        anything = [
-            inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
-            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-        ]
-        return inspect.Signature(anything)
+        return None
+
+
+_ANYTHING = inspect.Signature(
+    [
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
 
 
 def _check_texts(name: str, prompts: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 
 from kernel_env.episode import Episode, Turn
-from kernel_env.errors import ConfigError
+from kernel_env.errors import ConfigError, boundary
 
 __all__ = ["SCHEMA", "check_target", "read_cells", "to_notebook", "write_notebook"]
 
@@ -168,10 +168,8 @@ def read_cells(path: str | Path) -> list[str]:
 
 
 def _notebook_cells(file: Path, text: str) -> list[str]:
-    try:
+    with boundary(ConfigError, f"{str(file)!r} is no notebook"):
         notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise ConfigError(f"{str(file)!r} is no notebook: {error}") from error
     return [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
 
 

@@ -12,7 +12,7 @@ __all__ = ["Output", "Outputs", "clip", "plain_traceback", "stderr_text", "stdou
 Output = dict[str, Any]
 """One entry of a code cell's `outputs` (nbformat 4.5)."""
 
-_PIECE = 2**16
+_LARGEST_PIECE = 2**16
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LIBRARY_PATH = re.compile(
     r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
@@ -43,6 +43,7 @@ class Outputs:
 
     def __init__(self, limit: int, on_output: Callable[[Output], None] | None = None) -> None:
         self._half = max(limit // 2, 1)
+        self._piece = max(min(limit // 16, _LARGEST_PIECE), 1)
         self._on_output = on_output
         self._displays: dict[str, list[Output]] = {}
         self._clear_before_next = False
@@ -66,7 +67,7 @@ class Outputs:
             display_id = (content.get("transient") or {}).get("display_id")
             if display_id is not None:
                 self._displays.setdefault(display_id, []).append(output)
-            for piece in _pieces(output):
+            for piece in _pieces(output, self._piece):
                 self._keep(piece)
             if self._on_output is not None:
                 self._on_output(output)
@@ -143,11 +144,12 @@ def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
     return kept
 
 
-def _pieces(output: Output) -> Iterable[Output]:
-    if output["output_type"] != "stream" or len(output["text"]) <= _PIECE:
+def _pieces(output: Output, size: int) -> Iterable[Output]:
+    """A stream's text in pieces, so that what is dropped can be dropped finely."""
+    if output["output_type"] != "stream" or len(output["text"]) <= size:
         return [output]
     text = output["text"]
-    return [{**output, "text": text[at : at + _PIECE]} for at in range(0, len(text), _PIECE)]
+    return [{**output, "text": text[at : at + size]} for at in range(0, len(text), size)]
 
 
 def _size(output: Output) -> int:

@@ -7,12 +7,11 @@ host: it never enters the kernel.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
-from kernel_env.errors import RubricError
+from kernel_env.errors import RubricError, boundary
 from kernel_env.portal import as_async
 from kernel_env.types import REPLAction, REPLObservation
 
@@ -147,18 +146,19 @@ class Scorer:
     def __init__(self, rubric: Any) -> None:
         self._rubric = rubric
         self._call = as_async(rubric)
+        self._name = getattr(rubric, "__name__", type(rubric).__name__)
 
     def begin(self, expected: Any) -> None:
-        """Make the rubric forget the last episode and tell it what this one expects."""
-        try:
+        """Make the rubric forget the last episode and tell it what this one expects.
+
+        Raises:
+            RubricError: the rubric raised.
+        """
+        with boundary(RubricError, f"rubric {self._name} could not begin an episode"):
             _call_if_there(self._rubric, "reset")
             # OpenEnv's rubrics make text of what they are given, "None" included; their reset has cleared it.
             if expected is not None or not hasattr(self._rubric, "reset"):
                 _call_if_there(self._rubric, "set_expected", expected)
-        except Exception as error:
-            raise RubricError(
-                f"the rubric could not begin an episode: {type(error).__name__}: {error}"
-            ) from error
 
     async def score(self, action: REPLAction, observation: REPLObservation) -> float:
         """The reward of a step.
@@ -166,11 +166,8 @@ class Scorer:
         Raises:
             RubricError: the rubric raised, or gave something that is not a finite number.
         """
-        name = type(self._rubric).__name__ if not inspect.isfunction(self._rubric) else self._rubric.__name__
-        try:
+        with boundary(RubricError, f"rubric {self._name} raised"):
             reward = await self._call(action, observation)
-        except Exception as error:
-            raise RubricError(f"rubric {name} raised {type(error).__name__}: {error}") from error
         if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise RubricError(f"rubric {name} returned {reward!r}; a reward is a finite number")
+            raise RubricError(f"rubric {self._name} returned {reward!r}; a reward is a finite number")
         return float(reward)

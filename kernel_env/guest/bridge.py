@@ -190,7 +190,8 @@ def proxy(channel: Channel, description: dict[str, Any]) -> Any:
     ordinary = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     by_position = [p.name for p in ordinary] if len(ordinary) == len(signature.parameters) else []
     required = sum(p.default is p.empty for p in ordinary)
-    checks = {key: str(p.annotation).split(" | ") for key, p in signature.parameters.items()}
+    types = {key: str(p.annotation).split(" | ") for key, p in signature.parameters.items()}
+    checks = types if description["is_typed"] else {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
@@ -199,8 +200,9 @@ def proxy(channel: Channel, description: dict[str, Any]) -> Any:
                 arguments = dict(zip(by_position, args))  # noqa: B905 - Python 3.9; what `bind` does, in a tenth of its time
             else:
                 arguments = signature.bind(*args, **kwargs).arguments
-            for key, value in arguments.items():
-                _check_type(key, value, checks[key])
+            for key, allowed in checks.items():
+                if key in arguments:
+                    _check_type(key, arguments[key], allowed)
             frame = channel.encode({"op": "call", "name": name, "arguments": arguments})
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name}(): {error}") from None

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,8 @@ def steps(count: int) -> list[Row]:
                 stock: list[float] = []
                 ours: list[float] = []
                 for _ in range(count):
-                    stock.append(
-                        milliseconds(lambda code=code: client.execute_interactive(code, output_hook=id))
-                    )
-                    ours.append(milliseconds(lambda code=code: env.execute(code)))
+                    stock.append(milliseconds(partial(client.execute_interactive, code, output_hook=id)))
+                    ours.append(milliseconds(partial(env.execute, code)))
                 ratio = p(ours, 0.5) / p(stock, 0.5)
                 rows.append(
                     Row(
@@ -93,7 +92,7 @@ def starts(count: int) -> list[Row]:
             manager.shutdown_kernel(now=True)
             for context, times in (("", empty), (text, filled)):
                 env.close()
-                times.append(milliseconds(lambda context=context: env.reset(context=context)))
+                times.append(milliseconds(partial(env.reset, context=context)))
     median, reference = statistics.median(empty), statistics.median(stock)
     extra = statistics.median(filled) - median
     return [

@@ -1,0 +1,56 @@
+"""Fixtures: environments over real kernels, in a temporary folder that must be empty at the end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel_env import LocalREPLEnv
+
+MakeEnv = Callable[..., LocalREPLEnv]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder() -> Iterator[Path]:
+    """A short temporary folder of this test process; a kernel folder left in it fails the run."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    tempfile.tempdir = str(folder)
+    yield folder
+    tempfile.tempdir = None
+    left = [path.name for path in folder.glob("ke-*")]
+    shutil.rmtree(folder)
+    assert not left, f"kernel folders left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def clean_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The developer's own settings must not reach the tests."""
+    monkeypatch.delenv("REPL_CONTEXT", raising=False)
+    monkeypatch.delenv("REPL_TASK_PROMPT", raising=False)
+
+
+@pytest.fixture
+def make_env() -> Iterator[MakeEnv]:
+    """Make environments that are closed at the end of the test."""
+    made: list[LocalREPLEnv] = []
+
+    def make(**options: Any) -> LocalREPLEnv:
+        made.append(LocalREPLEnv(**options))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+
+
+@pytest.fixture
+def env(make_env: MakeEnv) -> LocalREPLEnv:
+    """A local environment after a plain reset."""
+    env = make_env()
+    env.reset()
+    return env

@@ -1,0 +1,104 @@
+"""The contract's fixture: the same checks run over every way to drive an environment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import pytest
+
+from kernel_env import Episode, LocalREPLEnv, REPLAction, REPLEnvironment, REPLObservation, REPLState
+
+
+class Facade(Protocol):
+    """What every facade offers, in the form the contract tests use."""
+
+    def reset(self, **options: Any) -> REPLObservation: ...
+    def step(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation: ...
+    def execute(self, code: str, timeout_s: float | None = None) -> REPLObservation: ...
+    def variable(self, name: str) -> REPLObservation: ...
+    def state(self) -> REPLState: ...
+    def close(self) -> None: ...
+    @property
+    def episode(self) -> Episode: ...
+
+
+MakeFacade = Callable[..., Facade]
+
+
+class Local:
+    """LocalREPLEnv, called without a loop."""
+
+    def __init__(self, **options: Any) -> None:
+        self._env = LocalREPLEnv(**options)
+
+    def reset(self, **options: Any) -> REPLObservation:
+        return self._env.reset(**options).observation
+
+    def step(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation:
+        return self._env.step(action, timeout_s=timeout_s).observation
+
+    def execute(self, code: str, timeout_s: float | None = None) -> REPLObservation:
+        return self._env.execute(code, timeout_s=timeout_s).observation
+
+    def variable(self, name: str) -> REPLObservation:
+        return self._env.get_variable(name).observation
+
+    def state(self) -> REPLState:
+        return self._env.state()
+
+    def close(self) -> None:
+        self._env.close()
+
+    @property
+    def episode(self) -> Episode:
+        return self._env.episode
+
+
+class Async:
+    """REPLEnvironment's coroutines, on a loop of the caller's."""
+
+    def __init__(self, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._env = REPLEnvironment(**options)
+
+    def reset(self, **options: Any) -> REPLObservation:
+        return self._runner.run(self._env.reset_async(**options))
+
+    def step(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation:
+        return self._runner.run(self._env.step_async(action, timeout_s))
+
+    def execute(self, code: str, timeout_s: float | None = None) -> REPLObservation:
+        return self.step(REPLAction(code=code), timeout_s)
+
+    def variable(self, name: str) -> REPLObservation:
+        return self._runner.run(self._env.get_variable_async(name))
+
+    def state(self) -> REPLState:
+        return self._env.state
+
+    def close(self) -> None:
+        self._runner.run(self._env.close_async())
+
+    def end(self) -> None:
+        self.close()
+        self._runner.close()
+
+    @property
+    def episode(self) -> Episode:
+        return self._env.episode
+
+
+@pytest.fixture(params=["local", "async"])
+def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
+    """Make facades of the kind under test; they are closed at the end."""
+    made: list[Local | Async] = []
+
+    def make_one(**options: Any) -> Facade:
+        made.append(Local(**options) if request.param == "local" else Async(**options))
+        return made[-1]
+
+    yield make_one
+    for facade in made:
+        facade.end() if isinstance(facade, Async) else facade.close()

@@ -1,0 +1,189 @@
+"""REPLEnvironment's protocol: loops, processes, cancellation, concurrent callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+
+from kernel_env import REPLAction, REPLEnvironment, ResetRequired, UsageError
+
+CELL = REPLAction(code="x = 1")
+
+
+def test_async_functions_run_on_the_loop_of_reset_async() -> None:
+    async def body() -> None:
+        loops = []
+
+        async def model(prompt: str) -> str:
+            loops.append(asyncio.get_running_loop())
+            return prompt
+
+        env = REPLEnvironment(llm_query_fn=model)
+        await env.reset_async()
+        await env.step_async(REPLAction(code="llm_query('x')"))
+        await env.close_async()
+        assert loops == [asyncio.get_running_loop()]
+
+    asyncio.run(body())
+
+
+def test_sync_and_async_calls_do_not_mix() -> None:
+    env = REPLEnvironment()
+
+    async def body() -> None:
+        await env.reset_async()
+        with pytest.raises(UsageError, match="another event loop"):
+            env.step(CELL)
+        with pytest.raises(UsageError, match="another event loop"):
+            env.close()
+        await env.close_async()
+
+    asyncio.run(body())
+    env.reset()
+    with pytest.raises(UsageError, match="another event loop"):
+        asyncio.run(env.step_async(CELL))
+    env.close()
+
+
+def test_an_environment_can_be_closed_after_its_loop_has_ended() -> None:
+    env = REPLEnvironment()
+    asyncio.run(env.reset_async())
+    env.close()
+    assert env.episode.done_reason == "closed"
+    env.reset()
+    assert env.step(CELL).status == "ok"
+    env.close()
+
+
+def test_a_cancelled_step_is_recorded_and_leaves_the_episode_usable() -> None:
+    async def body() -> None:
+        printed = asyncio.Event()
+        env = REPLEnvironment(on_output=lambda output: printed.set())
+        await env.reset_async()
+        code = "y = 2\nprint('on', flush=True)\nwhile True: pass"
+        task = asyncio.create_task(env.step_async(REPLAction(code=code)))
+        await printed.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (turn,) = env.episode.turns
+        assert turn.observation.result.stdout == "on\n"
+        assert turn.observation.result.exception is not None
+        assert turn.observation.result.exception.startswith("KeyboardInterrupt")
+        assert (await env.get_variable_async("y")).result.stdout == "2\n"
+        await env.close_async()
+
+    asyncio.run(body())
+
+
+def test_a_timeout_around_a_step_works_like_a_cancellation() -> None:
+    async def body() -> None:
+        env = REPLEnvironment()
+        await env.reset_async()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await env.step_async(REPLAction(code="while True: pass"))
+        assert (await env.step_async(CELL)).status == "ok"
+        await env.close_async()
+
+    asyncio.run(body())
+
+
+def test_steps_from_several_threads_take_turns() -> None:
+    env = REPLEnvironment()
+    env.reset()
+    env.step(REPLAction(code="n = 0"))
+    with ThreadPoolExecutor(4) as pool:
+        codes = [REPLAction(code="n += 1\nprint(n)")] * 8
+        seen = [observation.result.stdout for observation in pool.map(env.step, codes)]
+    assert sorted(seen) == [f"{n}\n" for n in range(1, 9)]
+    assert [turn.observation.iteration for turn in env.episode.turns] == list(range(1, 10))
+    env.close()
+
+
+def test_closing_ends_a_step_that_runs() -> None:
+    printed = threading.Event()
+    env = REPLEnvironment(on_output=lambda output: printed.set())
+    env.reset()
+    code = REPLAction(code="print('on', flush=True)\nwhile True: pass")
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(env.step, code)
+        assert printed.wait(20)
+        env.close()
+        observation = step.result(20)
+    assert observation.result.exception is not None
+    assert "the environment was closed" in observation.result.exception
+    with pytest.raises(ResetRequired):
+        env.step(CELL)
+
+
+def test_resets_from_several_threads_leave_one_kernel() -> None:
+    env = REPLEnvironment()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: env.reset(), range(3)))
+    assert env.step(CELL).status == "ok"
+    env.close()
+
+
+def test_a_forked_child_is_told_to_make_its_own() -> None:
+    env = REPLEnvironment()
+    env.reset()
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(write_end, _use_in_a_child(env).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read().decode()
+    os.wait()
+    assert said.count("a forked child must make its own") == 2
+    assert said.endswith("\nok")
+    assert env.step(CELL).status == "ok"
+    env.close()
+
+
+def _use_in_a_child(env: REPLEnvironment) -> str:
+    said = []
+    for function in (env.reset, partial(env.step, CELL)):
+        try:
+            function()
+        except UsageError as error:
+            said.append(str(error))
+    env.close()
+    own = REPLEnvironment()
+    own.reset()
+    said.append(own.step(CELL).status)
+    own.close()
+    return "\n".join(said)
+
+
+def test_the_episode_there_was_is_closed_by_the_next_reset() -> None:
+    env = REPLEnvironment()
+    with pytest.raises(ResetRequired):
+        _ = env.episode
+    env.reset(episode_id="a")
+    first = env.episode
+    env.reset(episode_id="b")
+    assert (first.done_reason, env.episode.episode_id) == ("closed", "b")
+    env.close()
+
+
+def test_unknown_options_are_refused() -> None:
+    env = REPLEnvironment()
+    options: dict[str, Any] = {"temperature": 1}
+    with pytest.raises(TypeError, match="temperature"):
+        env.reset(**options)
+    env.close()
+
+
+def test_the_metadata_names_openenv_s_environment() -> None:
+    metadata = REPLEnvironment().get_metadata()
+    assert (metadata.name, metadata.version) == ("repl_env", "0.1.0")

@@ -1,0 +1,91 @@
+"""Guest code that needs no kernel, loaded from its file as a kernel loads it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import kernel_env
+
+GUEST = Path(kernel_env.__file__).parent / "guest"
+
+
+@pytest.fixture
+def helpers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("guest_helpers", GUEST / "helpers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Raises:
+    def __repr__(self) -> str:
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (5, "5"),
+        ("a" * 2000, repr("a" * 500)[:500]),
+        (b"a" * 2000, repr(b"a" * 500)[:500]),
+        ([], "[]"),
+        ((1,), "(1,)"),
+        (frozenset({1}), "frozenset({1})"),
+        ({"a": [1, {2}]}, "{'a': [1, {2}]}"),
+        ([[[[1]]]], "[[[...]]]"),
+        ([[1] * 13], "[[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, ...]]"),
+        (sys, "<module 'sys'>"),
+        (Raises(), "<repr raised SystemExit>"),
+        ([Raises()], "<repr raised SystemExit>"),
+    ],
+)
+def test_bounded_repr(helpers: ModuleType, value: Any, shown: str) -> None:
+    assert helpers.bounded_repr(value) == shown
+
+
+def test_bounded_repr_touches_little_of_a_large_value(helpers: ModuleType) -> None:
+    class Counted:
+        seen = 0
+
+        def __repr__(self) -> str:
+            Counted.seen += 1
+            return "c"
+
+    for value in ([Counted()] * 10**6, {n: Counted() for n in range(10**5)}, ([Counted()] * 10**6,) * 10**6):
+        Counted.seen = 0
+        assert len(helpers.bounded_repr(value)) <= 500
+        assert Counted.seen <= 120 * 12
+
+
+def test_numpy_is_seeded_when_it_comes_later(helpers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+
+    state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        helpers.seed_generators(2**32 + 5)
+        first = (random.random(), numpy.random.rand())
+        helpers.seed_generators(2**32 + 5)
+        assert (random.random(), numpy.random.rand()) == first
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(numpy_state)
+
+
+@pytest.mark.parametrize("path", sorted(GUEST.glob("*.py")), ids=lambda path: path.name)
+def test_guest_code_runs_on_old_pythons_and_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
