@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -54,7 +56,11 @@ def test_sync_and_async_calls_do_not_mix() -> None:
 def test_an_environment_can_be_closed_after_its_loop_has_ended() -> None:
     env = REPLEnvironment()
     asyncio.run(env.reset_async())
-    env.close()
+    with warnings.catch_warnings():
+        # asyncio itself warns of the sockets of a loop that was closed under them.
+        warnings.simplefilter("ignore", ResourceWarning)
+        env.close()
+        gc.collect()
     assert env.episode.done_reason == "closed"
     env.reset()
     assert env.step(CELL).status == "ok"

@@ -1,0 +1,128 @@
+"""The command line, as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kernel_env import example
+
+KERNEL_ENV = [sys.executable, "-m", "kernel_env"]
+
+
+def kernel_env(
+    *arguments: object, cwd: Path, stdin: bytes = b"", fails: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*KERNEL_ENV, *map(str, arguments)],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        timeout=110,
+        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
+    )
+    result = subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+    assert result.returncode == fails, result.stdout + result.stderr
+    return result
+
+
+def test_run_without_arguments_shows_the_built_in_example(tmp_path: Path) -> None:
+    shown = kernel_env("run", cwd=tmp_path).stdout
+    answer = example.expected_answer()
+    for words in (
+        "Turn 4",
+        "not by a language model",
+        f"Answer: {answer}",
+        "Reward: 1",
+        "Notebook: episode.ipynb",
+    ):
+        assert words in shown
+    notebook = nbformat.read(tmp_path / "episode.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    assert notebook.metadata.kernel_env.episode.final_answer == answer
+    (call,) = notebook.cells[3].metadata.kernel_env.helper_calls
+    assert call.name == "llm_query_batched"
+    assert len(call.arguments.prompts) > 50
+
+
+def test_json_is_one_line_for_each_turn(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "# %%\nprint(len(context))\n# %%\nprint('\\ud800')\n1/0\n# %%\nFINAL(context['a'])\n# %%\nnever"
+    )
+    (tmp_path / "context.json").write_text('{"a": "\\u00e9\\r\\n"}')
+    arguments = ["--script", script, "--context", "context.json", "--expected", "é", "--seed", 1, "--json"]
+    lines = kernel_env("run", *arguments, "--out", "out.ipynb", cwd=tmp_path).stdout.splitlines()
+    turns = [json.loads(line) for line in lines]
+    assert [turn["turn"] for turn in turns] == [1, 2, 3]
+    assert [turn["observation"]["status"] for turn in turns] == ["ok", "error", "ok"]
+    assert turns[2]["observation"]["final_answer"] == "é\r\n"
+    assert turns[2]["observation"]["reward"] == 1.0
+    assert (tmp_path / "out.ipynb").exists()
+
+
+def test_the_context_can_come_from_stdin_byte_by_byte(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("context")
+    arguments = ["--script", "s.py", "--context", "-", "--task", "See.", "--timeout", 30]
+    shown = kernel_env("run", *arguments, cwd=tmp_path, stdin=b"a\r\nb\xc3\xa9").stdout
+    assert "'a\\r\\nbé'" in shown
+    assert "Task: See." in shown
+    assert "No answer was submitted (closed)." in shown
+
+
+def test_the_iteration_limit_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("# %%\n1\n# %%\n2\n# %%\n3")
+    shown = kernel_env("run", "--script", "s.py", "--max-iterations", 2, cwd=tmp_path).stdout
+    assert "Cells not run: 1 of 3" in shown
+    assert "(max_iterations)" in shown
+
+
+def test_escape_sequences_of_the_kernel_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("print('\\x1b]0;title\\x07\\x1b[2Jshown')")
+    shown = kernel_env("run", "--script", "s.py", cwd=tmp_path).stdout
+    assert "shown" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--kernel", "nosuch"], "kernel_name='nosuch' is not installed; installed:"),
+        (["--out", "missing/e.ipynb"], "cannot export to 'missing/e.ipynb': there is no folder 'missing'"),
+        (["--out", "e.html"], "must end in .ipynb"),
+        (["--max-iterations", "0"], "max_iterations = 0"),
+        (["--script", "missing.py"], "cannot read the script 'missing.py'"),
+        (["--script", "empty.py"], "the script 'empty.py' has no code cell"),
+        (["--task", "t"], "--task without --script"),
+        (["--script", "s.py", "--context", "missing"], "cannot read the context 'missing'"),
+        (["--script", "s.py", "--context", "bad.json"], "the context 'bad.json' is not JSON: Expecting"),
+        (["--script", "s.py", "--context", "latin1.txt"], "as UTF-8 text"),
+        (["--script", "s.py", "--timeout", "0"], "timeout_s = 0.0"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "s.py").write_text("1")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "latin1.txt").write_bytes(b"\xe9")
+    done = kernel_env("run", *arguments, cwd=tmp_path, fails=2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_tries_a_real_episode(tmp_path: Path) -> None:
+    shown = kernel_env("doctor", cwd=tmp_path).stdout
+    for words in ("trial episode", "kernel ready in", "python3", "Not confined", "ipykernel"):
+        assert words in shown
+
+
+def test_version_and_help(tmp_path: Path) -> None:
+    assert kernel_env("--version", cwd=tmp_path).stdout == "kernel_env 0.1.0\n"
+    assert "--max-iterations" in kernel_env("run", "--help", cwd=tmp_path).stdout
