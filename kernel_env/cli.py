@@ -184,7 +184,8 @@ class _View:
 
     def begin(self, number: int, cell: str) -> None:
         self._console.rule(f"Turn {number}", align="left", style="cyan")
-        self._console.print(Syntax(cell, "python", background_color="default", word_wrap=True))
+        # The terminal's own sixteen colours: a theme's fixed ones vanish on one background or the other.
+        self._console.print(Syntax(cell, "python", theme="ansi_light", word_wrap=True))
 
     def output(self, output: dict[str, Any]) -> None:
         # From the kernel, so anything: from_ansi keeps colours and drops every other escape sequence.
