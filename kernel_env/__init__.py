@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from kernel_env.bridge import HelperFailure
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
@@ -62,6 +64,8 @@ __all__ = [
     "to_notebook",
     "write_notebook",
 ]
+
+logging.getLogger("kernel_env").addHandler(logging.NullHandler())
 
 for _name in __all__:
     # So that reprs and tracebacks say kernel_env.ConfigError, whatever file it lives in.

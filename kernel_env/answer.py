@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 __all__ = ["Marker", "printed_marker"]
 
+_PARENTHESIS = re.compile(r"[()]")
 _OPENING = re.compile(r"^(FINAL|FINAL_VAR)\(", re.MULTILINE)
 
 
@@ -33,10 +35,11 @@ def printed_marker(code: str, stdout: str) -> Marker | None:
     """
     if "FINAL" not in stdout or not _has_marker_literal(code):
         return None
-    for opening in _OPENING.finditer(stdout):
-        end = _closing_parenthesis(stdout, opening.end())
-        if end is not None:
-            return _marker(opening.group(1), stdout[opening.end() : end].strip())
+    openings = {match.end() - 1: match.group(1) for match in _OPENING.finditer(stdout)}
+    ends = _closing_parentheses(stdout, openings)
+    for start, kind in openings.items():
+        if start in ends:
+            return _marker(kind, stdout[start + 1 : ends[start]].strip())
     return None
 
 
@@ -61,10 +64,13 @@ def _has_marker_literal(code: str) -> bool:
     )
 
 
-def _closing_parenthesis(text: str, start: int) -> int | None:
-    depth = 1
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match.group() == "(" else -1
-        if depth == 0:
-            return match.start()
-    return None
+def _closing_parentheses(text: str, openings: Collection[int]) -> dict[int, int]:
+    """Position of each opening parenthesis that is closed → of the one that closes it, in one pass."""
+    ends: dict[int, int] = {}
+    pending: list[int] = []
+    for match in _PARENTHESIS.finditer(text, min(openings, default=len(text))):
+        if match.group() == "(":
+            pending.append(match.start())
+        elif pending and (start := pending.pop()) in openings:
+            ends[start] = match.start()
+    return ends

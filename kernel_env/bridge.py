@@ -37,6 +37,7 @@ __all__ = ["Bridge", "Cell", "Helper", "HelperFailure", "describe"]
 log = logging.getLogger("kernel_env.bridge")
 
 _LENGTH = struct.Struct(">Q")
+_HELLO_BYTES = 4096
 _CONTEXT_PIECE = 2**24
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _to_json = json.JSONEncoder(allow_nan=False).encode
@@ -167,18 +168,18 @@ class Bridge:
         """The running cell, if `request` is its own.
 
         Raises:
-            HelperError: it belongs to another cell, or to one that was told to stop.
+            HelperError: it belongs to another cell.
         """
         cell = self._cell
         if cell is None or request.get("cell") != cell.id:
             raise HelperError("refused: its cell has ended, or it was started by no cell of this episode")
-        if cell.refusal is not None:
-            raise HelperError(f"refused: {cell.refusal}")
         return cell
 
     async def call(self, request: dict[str, Any]) -> bytes:
         """Serve a helper call and record it; returns the encoded reply."""
         cell = self.cell_of(request)
+        if cell.refusal is not None:
+            raise HelperError(f"refused: {cell.refusal}")
         name, arguments = request.get("name"), request.get("arguments")
         helper = self._helpers.get(name) if isinstance(name, str) else None
         if helper is None or not isinstance(name, str) or not isinstance(arguments, dict):
@@ -278,6 +279,11 @@ class Bridge:
     def frame_bytes(self) -> int:
         return self._limits.helper_frame_bytes
 
+    @property
+    def largest_frame(self) -> int:
+        # An answer of control characters takes six bytes of JSON for each of its own.
+        return max(self._limits.helper_frame_bytes, 6 * self._limits.answer_bytes + _HELLO_BYTES)
+
     def connected(self, connection: _Connection) -> None:
         self._connections.add(connection)
 
@@ -308,7 +314,7 @@ class _Connection(asyncio.Protocol):
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)
-            if size > (self._bridge.frame_bytes if self._authenticated else 4096):
+            if size > (self._bridge.largest_frame if self._authenticated else _HELLO_BYTES):
                 log.warning("a frame of %d bytes on a helper channel: connection dropped", size)
                 return self.abort()
             if len(self._buffer) < _LENGTH.size + size:
@@ -333,6 +339,8 @@ class _Connection(asyncio.Protocol):
                 token.encode("utf-8", "replace"), self._bridge.token.encode("ascii")
             )
             return self._authenticated
+        if len(frame) > self._bridge.frame_bytes and message.get("op") != "submit":
+            return False
         if self._task is not None and not self._task.done():
             return False
         self._task = asyncio.get_running_loop().create_task(self._bridge.serve(message, self))

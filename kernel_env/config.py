@@ -54,10 +54,10 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            least = 0 if entry.name == "restarts" else math.ulp(0.0)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
-                wanted = "a whole number >= 0" if entry.name == "restarts" else "a number > 0"
-                raise ConfigError(f"Limits.{entry.name} = {value!r}; give {wanted}")
+            if entry.type == "int":
+                check_count(f"Limits.{entry.name}", value, least=0 if entry.name == "restarts" else 1)
+            else:
+                check_seconds(f"Limits.{entry.name}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,10 @@ class EnvConfig:
     rlm_max_iterations: int | None = None
 
     def __post_init__(self) -> None:
+        _check_type("kernel_name", self.kernel_name, str)
+        _check_type("limits", self.limits, Limits)
+        _check_type("tools", self.tools, Mapping)
+        _check_type("isolation", self.isolation, str)
         check_count("max_iterations", self.max_iterations)
         check_count("max_output_length", self.max_output_length)
         check_count("context_preview_length", self.context_preview_length, least=0)
@@ -136,10 +140,30 @@ class EnvConfig:
             )
 
 
+def _check_type(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} = {value!r}; give a {kind.__name__}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is text."""
+    _check_type(name, value, str)
+
+
 def check_count(name: str, value: object, *, least: int = 1) -> None:
     """Raise ConfigError unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} = {value!r}; give a whole number >= {least}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a number of seconds, more than none; infinity is one."""
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or (not 0 < value < 10**300 and value != math.inf)
+    ):
+        raise ConfigError(f"{name} = {value!r}; give seconds > 0")
 
 
 def _check_tool(name: object, tool: object) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from kernel_env import portal
-from kernel_env.config import EnvConfig, Limits, check_count, from_env
+from kernel_env.config import EnvConfig, Limits, check_count, check_seconds, check_text, from_env
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import ConfigError, ResetRequired, UsageError
 from kernel_env.rollout import Rollout
@@ -216,11 +217,16 @@ class REPLEnvironment:
             raise ConfigError("reset(rlm_max_iterations=…): this version has no runner; give subcall_fn")
         if seed is not None:
             check_count("seed", seed, least=0)
+            if seed >= 2**64:
+                raise ConfigError("seed has more than 64 bits; give one below 2**64")
+        if episode_id is not None:
+            check_text("episode_id", episode_id)
         max_iterations = self._config.max_iterations if max_iterations is None else max_iterations
         check_count("max_iterations", max_iterations)
         defaults = from_env()
         given = Context.of(_first(context, self._default_context, defaults.context, ""))
         prompt = _first(task_prompt, self._default_task_prompt, defaults.task_prompt, "")
+        check_text("task_prompt", prompt)
         self._bind()
         async with self._lifecycle:
             await self._end_rollout()
@@ -261,36 +267,39 @@ class REPLEnvironment:
         """
         rollout = self._enter()
         _check_timeout(timeout_s)
-        if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"get_variable({name!r}): give a name or an expression")
+        if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
+            raise ConfigError(f"get_variable({name!a}): give a name or an expression")
         return await rollout.variable(name.strip(), timeout_s)
 
     async def close_async(self) -> None:
         """End the episode and its kernel; the record and `export` stay usable. Closing twice is fine."""
         self._check_process()
-        if self._rollout is None:
+        if self._loop is None:
             return
-        if self._loop is not None and self._loop.is_closed():
+        if self._loop.is_closed():
             rollout, self._rollout = self._rollout, None
-            return rollout.close_now()
-        self._check_loop()
-        async with self._lifecycle:
-            await self._end_rollout()
+            if rollout is not None:
+                rollout.close_now()
+        else:
+            self._check_loop()
+            async with self._lifecycle:
+                await self._end_rollout()
+        self._loop = None
 
     async def _end_rollout(self) -> None:
-        rollout, self._rollout = self._rollout, None
-        if rollout is not None:
-            await rollout.close()
+        if self._rollout is not None:
+            await self._rollout.close()
+            self._rollout = None
 
     # What must hold before anything runs.
 
     def _enter(self) -> Rollout:
-        self._check_process()
         rollout = self._require_rollout()
         self._check_loop()
         return rollout
 
     def _require_rollout(self) -> Rollout:
+        self._check_process()
         if self._rollout is None:
             raise ResetRequired("there is no episode: call reset() first (also after close())")
         return self._rollout
@@ -324,10 +333,20 @@ def _check_action(action: object) -> None:
         raise UsageError(
             f"step() takes a REPLAction, not {type(action).__name__}; for code alone: REPLAction(code=…)"
         )
+    try:
+        json.dumps(action.metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the action's metadata is no JSON value: {error}") from None
 
 
 def _check_timeout(timeout_s: float | None) -> None:
-    if timeout_s is None:
-        return
-    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s > 0:
-        raise ConfigError(f"timeout_s = {timeout_s!r}; give seconds > 0, or None for Limits.cell_active")
+    if timeout_s is not None:
+        check_seconds("timeout_s", timeout_s)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,6 +13,8 @@ from kernel_env.types import DoneReason, REPLAction, REPLObservation
 
 __all__ = ["Context", "Episode", "HelperCall", "Turn"]
 
+_DEEPEST = 500
+
 
 class HelperCall(BaseModel):
     """One call from the kernel to the host, as it was made and as it ended."""
@@ -102,21 +104,26 @@ class Context:
         if isinstance(value, str):
             return cls(value, "str")
         _check_json(value)
-        return cls(json.dumps(value, ensure_ascii=False, allow_nan=False), "json")
+        try:
+            return cls(json.dumps(value, ensure_ascii=False, allow_nan=False), "json")
+        except RecursionError:
+            raise ConfigError("the context is nested too deeply for JSON") from None
 
 
 def _check_json(value: object) -> None:
     # json.dumps makes lists of tuples, and "1" of the key 1, without a word: another value.
-    pending: list[tuple[str, object]] = [("context", value)]
+    pending: list[tuple[str, object, int]] = [("context", value, 0)]
     while pending:
-        path, item = pending.pop()
+        path, item, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise ConfigError(f"the context is nested over {_DEEPEST} deep, or contains itself")
         if isinstance(item, dict):
             for key, child in item.items():
                 if not isinstance(key, str):
                     raise ConfigError(f"{path} has the key {key!r}; JSON has only text keys")
-                pending.append((f"{path}[{key!r}]", child))
+                pending.append((f"{path}[{key!r}]", child, depth + 1))
         elif isinstance(item, list):
-            pending.extend((f"{path}[{index}]", child) for index, child in enumerate(item))
+            pending.extend((f"{path}[{index}]", child, depth + 1) for index, child in enumerate(item))
         elif isinstance(item, float) and (item != item or item in (float("inf"), float("-inf"))):
             raise ConfigError(f"{path} is {item!r}, which JSON does not have")
         elif item is not None and not isinstance(item, str | int | float):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kernel_env.bridge import Cell
 from kernel_env.episode import HelperCall
-from kernel_env.outputs import Output, Outputs
+from kernel_env.outputs import Output, Outputs, without_colours
 from kernel_env.types import Status
 
 __all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
@@ -51,9 +52,9 @@ class Execution:
     duration: float
     active_time: float
     lost_variables: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Stream → characters that `Limits.cell_output` left no room for; empty if everything is there."""
     restarted: bool = False
-    cancelled: bool = False
-    """The caller was cancelled meanwhile and must raise that when it has kept the execution."""
     kernel_lost: bool = False
     """The kernel is gone and no other took over."""
 
@@ -71,8 +72,10 @@ class Running:
     is_idle: bool = False
     reply: dict[str, Any] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """The request has ended, or was told to stop."""
     stop_reason: str | None = None
-    cancelled: bool = False
+    is_stoppable: bool = True
     died: bool = False
     ended_at: float | None = None
 
@@ -81,6 +84,10 @@ class Running:
         if self.busy_since is None:
             return 0.0
         return max((self.ended_at or time.monotonic()) - self.busy_since - self.cell.waited, 0.0)
+
+    def stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or reason
+        self.changed.set()
 
     def die(self) -> None:
         self.died = True
@@ -95,6 +102,16 @@ class Running:
         if self.ended_at is None:
             self.ended_at = time.monotonic()
         self.ended.set()
+        self.changed.set()
+
+    def _show_pages(self, reply: dict[str, Any]) -> None:
+        # What `name?` shows comes in the reply, for a pager.
+        for payload in reply.get("payload") or []:
+            if isinstance(payload, dict) and payload.get("source") == "page":
+                data = payload.get("data")
+                if isinstance(data, dict) and isinstance(data.get("text/plain"), str):
+                    text = without_colours(data["text/plain"])
+                    self.outputs.add("display_data", {"data": {"text/plain": text}})
 
     def conclude(self, process_end: str, why: str | None, *, killed: bool) -> Execution:
         """What came of the request: `why` it was stopped, if it was, and how the process ended, if it did."""
@@ -105,6 +122,7 @@ class Running:
         report = _report(reply)
         notes = [f"Restored: {', '.join(report.restored)}."] if report and report.restored else []
         notes += report.notes if report else []
+        self._show_pages(reply)
         if why is not None:
             told_to = self.stop_reason is not None
             status, kind = ("error", "KeyboardInterrupt") if told_to else ("timeout", "TimeoutError")
@@ -129,7 +147,7 @@ class Running:
             started=self.started,
             duration=(self.ended_at or time.monotonic()) - self.sent,
             active_time=self.active_time,
-            cancelled=self.cancelled,
+            dropped=self.outputs.dropped,
         )
 
 

@@ -10,16 +10,20 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from kernel_env.bridge import Helper, HelperFailure
 from kernel_env.config import EnvConfig
-from kernel_env.errors import HelperError
+from kernel_env.errors import HelperError, UsageError
 from kernel_env.portal import as_async
 
 __all__ = ["HostHelpers"]
 
 log = logging.getLogger("kernel_env.helpers")
+
+_serving: ContextVar[frozenset[int]] = ContextVar("kernel_env_serving", default=frozenset())
+"""The `HostHelpers` whose call this code runs in, and those that its call came from."""
 
 AsyncFunction = Callable[..., Awaitable[Any]]
 
@@ -34,6 +38,11 @@ class HostHelpers:
         self._batch = _adapt(config.llm_batch_fn, "model")
         self._subcall = _adapt(config.subcall_fn, "model", "context")
         self._subcall_batch = _adapt(config.subcall_batch_fn, "model", "contexts")
+
+    def check_caller(self) -> None:
+        """Raise UsageError in code that serves these helpers: its cell waits for it, so it must not wait."""
+        if id(self) in _serving.get():
+            raise UsageError("a helper of this episode cannot step or read it: its own cell is still running")
 
     def available(self) -> dict[str, Helper]:
         """Name in the kernel → helper, for what this environment was configured with."""
@@ -154,16 +163,24 @@ class HostHelpers:
         untaken = {key for key, value in options.items() if value is not None} - function.options
         if missing := sorted(untaken - {"model"}):  # a function of the prompt alone has one model
             raise HelperError(f"{name}: the host's function does not take {', '.join(missing)}")
-        given = {key: value for key, value in options.items() if key in function.options}
+        given = {
+            key: value
+            for key, value in options.items()
+            if key in function.options and (value is not None or key not in function.defaults)
+        }
         return await self._guarded(name, function.call, subject, **given)
 
     async def _guarded(self, name: str, function: AsyncFunction, *args: Any, **kwargs: Any) -> Any:
+        _serving.set(_serving.get() | {id(self)})
         try:
             async with self._slots:
                 return await function(*args, **kwargs)
-        except (HelperError, asyncio.CancelledError):
+        except HelperError:
             raise
         except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # it is ours; otherwise a failure like any other, as SystemExit must be too
             log.warning("%s failed", name, exc_info=error)
             raise HelperError(f"{name} failed: {type(error).__name__}") from error
 
@@ -192,11 +209,14 @@ class _Adapted:
         # The model comes second whatever its name is, unless that parameter is an option of the user's own,
         # as in `lambda prompt, client=client: …`.
         second = positional[0] if positional else None
-        self._second = second is not None and (second.default is second.empty or second.name == "model")
+        self._second = second is not None and (
+            second.name == "model" or (second.default is second.empty and second.name not in names)
+        )
         self._second |= second is None and any(p.kind is p.VAR_POSITIONAL for p in parameters)
         self.options = {
             name for name in names if takes_all or name in by_name or (name == "model" and self._second)
         }
+        self.defaults = {p.name for p in parameters if p.default is not p.empty}
         self._call = as_async(function)
 
     async def call(self, subject: Any, **options: Any) -> Any:

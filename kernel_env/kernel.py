@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from kernel_env.bridge import Bridge, Helper, describe
 from kernel_env.config import Limits
 from kernel_env.episode import Context
 from kernel_env.errors import KernelDied, KernelError, KernelStartError
-from kernel_env.execution import PAYLOAD, Execution, Running, refusal
+from kernel_env.execution import PAYLOAD, Execution, Report, Running, refusal
 from kernel_env.outputs import Output, Outputs, plain_traceback
 from kernel_env.process import KernelProcess, make_folder, remove_folder
 
@@ -56,6 +56,7 @@ class Kernel:
         self._late: list[tuple[str, dict[str, Any]]] = []
         self._is_subscribed = asyncio.Event()
         self._restarts = 0
+        self._is_occupied = False
         self._given: frozenset[str] = frozenset()
         self._names: list[str] = []
 
@@ -88,7 +89,7 @@ class Kernel:
         try:
             async with asyncio.timeout(limits.kernel_start):
                 await self._wait_until_ready()
-                await self._install()
+                report = await self._install()
         except BaseException as error:
             tail = self._process.stderr_tail
             await self.close()
@@ -98,12 +99,15 @@ class Kernel:
                     f"{limits.kernel_start:g} s; its stderr ends:\n{tail}"
                 ) from error
             raise
+        self._names = report.names
+        self._given = frozenset(report.names)
 
     async def _wait_until_ready(self) -> None:
         # ipykernel 7 says iopub_welcome once the subscription holds; an older one is asked until a
         # request's idle comes through.
         while True:
             running = self._begin("kernel_info_request", {})
+            running.is_stoppable = False
             try:
                 async with asyncio.timeout(1.0):
                     await running.ended.wait()
@@ -119,7 +123,7 @@ class Kernel:
                 )
             return
 
-    async def _install(self) -> None:
+    async def _install(self) -> Report:
         setup = self._setup
         options = {
             "socket": str(self._bridge.path),
@@ -138,15 +142,14 @@ class Kernel:
             },
             "options": options,
         }
-        execution = await self._execute_silently(_RUN_BOOT, request, may_replace=False)
+        execution = await self._execute_silently(_RUN_BOOT, request, is_setup=True)
         if execution.report is None:
             raise KernelStartError(
                 f"kernel {setup.kernel_name!r} did not take the helpers: {execution.exception}\n"
                 + "\n".join(plain_traceback(o["traceback"]) for o in execution.outputs if "traceback" in o)
                 + self._process.stderr_tail
             )
-        self._given = frozenset(execution.report.names)
-        self._names = execution.report.names
+        return execution.report
 
     async def execute(
         self,
@@ -165,16 +168,19 @@ class Kernel:
         if (refused := refusal(code)) is not None:
             return refused
         outputs = Outputs(self._setup.limits.cell_output, on_output)
-        running = self._begin("execute_request", _execute_content(code, silent=False), outputs=outputs)
-        for late in self._late:
-            outputs.add(*late)
-        self._late.clear()
-        execution = await self._see_through(running, active, total)
-        if execution.report is None and not execution.restarted and not execution.kernel_lost:
-            return await self._repair(execution)
-        return execution
+        with self._occupied():
+            running = self._begin("execute_request", _execute_content(code, silent=False), outputs=outputs)
+            for late in self._late:
+                outputs.add(*late)
+            self._late.clear()
+            execution = await self._see_through(running, active, total)
+            if execution.report is None and not execution.restarted and not execution.kernel_lost:
+                return await self._repair(execution)
+            return execution
 
-    async def text_of(self, expression: str, *, convert: str, active: float | None = None) -> Execution:
+    async def text_of(
+        self, expression: str, *, convert: str, active: float | None = None, total: float | None = None
+    ) -> Execution:
         """Evaluate an expression in the namespace; its `str` or `repr` is the execution's answer.
 
         Raises:
@@ -184,15 +190,26 @@ class Kernel:
             raise KernelDied(
                 "the kernel is gone and Limits.restarts is used up; call reset() for a new episode"
             )
-        return await self._execute_silently(
-            _RUN_SEND_TEXT, {"expression": expression, "convert": convert}, active=active
-        )
+        request = {"expression": expression, "convert": convert}
+        with self._occupied():
+            return await self._execute_silently(_RUN_SEND_TEXT, request, active=active, total=total)
 
-    def stop(self, reason: str) -> None:
-        """End the cell that runs, if one does, as if its time were up."""
-        if self._running is not None:
-            self._running.stop_reason = reason
-            self._running.ended.set()
+    def stop(self, reason: str) -> bool:
+        """End what the kernel does for its caller as if its time were up; False if it does nothing.
+
+        What is under way still comes to its end: an interrupt, or a fresh kernel, takes its time.
+        """
+        if self._is_occupied and self._running is not None and self._running.is_stoppable:
+            self._running.stop(reason)
+        return self._is_occupied
+
+    @contextlib.contextmanager
+    def _occupied(self) -> Iterator[None]:
+        self._is_occupied = True
+        try:
+            yield
+        finally:
+            self._is_occupied = False
 
     async def close(self) -> None:
         """End the kernel; nothing of it is left."""
@@ -213,11 +230,17 @@ class Kernel:
         return self._restarts < self._setup.limits.restarts
 
     async def _execute_silently(
-        self, code: str, metadata: dict[str, Any], *, active: float | None = None, may_replace: bool = True
+        self,
+        code: str,
+        metadata: dict[str, Any],
+        *,
+        active: float | None = None,
+        total: float | None = None,
+        is_setup: bool = False,
     ) -> Execution:
-        content = _execute_content(code, silent=True)
-        running = self._begin("execute_request", content, metadata)
-        return await self._see_through(running, active, None, may_replace=may_replace)
+        running = self._begin("execute_request", _execute_content(code, silent=True), metadata)
+        running.is_stoppable = not is_setup
+        return await self._see_through(running, active, total, may_replace=not is_setup)
 
     def _begin(
         self,
@@ -287,6 +310,9 @@ class Kernel:
                 killed = await self._stop(running, why)
             if running.died:
                 await self._process.settle()
+            self._bridge.end(running.cell)
+            if running.cell.in_flight:  # cancelled now: they are still to be recorded
+                await asyncio.wait(set(running.cell.in_flight), timeout=1.0)
         finally:
             self._finish(running)
         execution = running.conclude(self._process.end, why, killed=killed)
@@ -320,21 +346,17 @@ class Kernel:
                 return f"it was active for more than {active:g} s"
             # While a helper call is in flight the active time stands still: look again, but not in a spin.
             pause = max(left_active, 0.05) if running.cell.in_flight else left_active
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(pause, left_total)):
-                    await running.ended.wait()
-            except TimeoutError:
-                continue
-            except asyncio.CancelledError:
-                # The cell ends first, and is reported; whoever asked raises the cancellation then.
-                running.cancelled = True
-                running.stop_reason = "the caller interrupted it"
+                    await running.changed.wait()
 
     async def _stop(self, running: Running, why: str) -> bool:
         """Interrupt the cell, and kill its kernel if that does not end it; True if it had to be killed."""
-        running.ended.clear()
         running.cell.cancel(f"its cell was stopped because {why}")
         await self._process.interrupt()
+        # ipykernel's handler for a cell parked in `await` only schedules a callback, which nothing wakes
+        # the loop for; any request on this channel does.
+        self._process.send(self._process.message("kernel_info_request", {}))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._setup.limits.interrupt_grace):
                 await running.ended.wait()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["Output", "Outputs", "clip", "plain_traceback", "stderr_text", "stdout_text", "stream_text"]
+__all__ = [
+    "Output",
+    "Outputs",
+    "clip",
+    "plain_traceback",
+    "stderr_text",
+    "stdout_text",
+    "stream_text",
+    "without_colours",
+]
 
 Output = dict[str, Any]
 """One entry of a code cell's `outputs` (nbformat 4.5)."""
@@ -20,15 +30,19 @@ _LIBRARY_PATH = re.compile(
 _OTHER_PATH = re.compile(r"(?<=File )(\"?)[/~][^\n\":]*/(?=[^\n\":/]+)")
 
 
-def clip(text: str, limit: int) -> str:
+def clip(text: str, limit: int, *, dropped: int = 0) -> str:
     """Keep the head and the tail of `text` around one marker that gives the true length.
 
-    The parts kept make `limit` characters; the marker comes on top.
+    The parts kept make `limit` characters; the marker comes on top. `dropped` characters are missing
+    from `text` already, at a marker of its own.
     """
     if len(text) <= limit:
         return text
     tail = limit // 2
-    return text[: limit - tail] + _marker(len(text)) + text[len(text) - tail :]
+    total = len(text) + dropped
+    if dropped:
+        total -= len(_marker(total))
+    return text[: limit - tail] + _marker(total) + text[len(text) - tail :]
 
 
 def _marker(total: int) -> str:
@@ -52,7 +66,10 @@ class Outputs:
     def _clear(self) -> None:
         self._head: list[Output] = []
         self._tail: deque[Output] = deque()
-        self._head_size = self._tail_size = self._dropped = self._total = 0
+        self._head_size = self._tail_size = 0
+        self._totals: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        """Stream → characters that are no longer here; a result counts as stdout."""
 
     def add(self, message_type: str, content: dict[str, Any]) -> None:
         """Take one iopub message; types that are not output are ignored."""
@@ -74,9 +91,10 @@ class Outputs:
 
     def finish(self) -> list[Output]:
         """The outputs so far, neighbouring pieces of one stream joined."""
-        middle: list[Output] = []
-        if self._dropped:
-            middle = [{"output_type": "stream", "name": "stdout", "text": _marker(self._total)}]
+        middle = [
+            {"output_type": "stream", "name": name, "text": _marker(self._totals[name])}
+            for name in sorted(self.dropped)
+        ]
         return _joined([*self._head, *middle, *self._tail])
 
     def _apply_clear(self) -> None:
@@ -93,7 +111,7 @@ class Outputs:
 
     def _keep(self, piece: Output) -> None:
         size = _size(piece)
-        self._total += size
+        self._totals[_stream_of(piece)] += size
         if not self._tail and self._head_size + size <= self._half:
             self._head.append(piece)
             self._head_size += size
@@ -101,9 +119,9 @@ class Outputs:
         self._tail.append(piece)
         self._tail_size += size
         while self._tail_size > self._half and len(self._tail) > 1:
-            gone = _size(self._tail.popleft())
-            self._tail_size -= gone
-            self._dropped += gone
+            gone = self._tail.popleft()
+            self._tail_size -= _size(gone)
+            self.dropped[_stream_of(gone)] += _size(gone)
 
 
 def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output | None:
@@ -132,7 +150,8 @@ def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output
 
 def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    for mime, value in data.items():
+    for mime, raw in data.items():
+        value = _valid_data(mime, raw)
         size = len(value) if isinstance(value, str) else len(repr(value))
         if size <= limit:
             kept[mime] = value
@@ -144,12 +163,27 @@ def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
     return kept
 
 
+def _valid_data(mime: str, value: Any) -> Any:
+    """Data as the notebook format allows it: text, but for JSON types, which have no NaN."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "".join(value)
+    text = json.dumps(value)
+    is_json = mime == "application/json" or mime.endswith("+json")
+    return json.loads(text, parse_constant=lambda _: None) if is_json else text
+
+
 def _pieces(output: Output, size: int) -> Iterable[Output]:
     """A stream's text in pieces, so that what is dropped can be dropped finely."""
     if output["output_type"] != "stream" or len(output["text"]) <= size:
         return [output]
     text = output["text"]
     return [{**output, "text": text[at : at + size]} for at in range(0, len(text), size)]
+
+
+def _stream_of(output: Output) -> str:
+    return "stderr" if output.get("name") == "stderr" or output["output_type"] == "error" else "stdout"
 
 
 def _size(output: Output) -> int:
@@ -207,5 +241,10 @@ def stderr_text(outputs: Iterable[Output]) -> str:
 
 def plain_traceback(lines: Iterable[str]) -> str:
     """A traceback without colours, its file names without the host's folders."""
-    text = _ANSI.sub("", "\n".join(lines))
+    text = without_colours("\n".join(lines))
     return _OTHER_PATH.sub(r"\1", _LIBRARY_PATH.sub(r"\1", text))
+
+
+def without_colours(text: str) -> str:
+    """`text` without its ANSI escape sequences."""
+    return _ANSI.sub("", text)

@@ -106,6 +106,8 @@ class KernelProcess:
         self._stderr = stderr
         self._stderr_tail = b""
         self._received = 0
+        self._ending: asyncio.Future[None] | None = None
+        self._is_released = False
         self._pidfd = os.pidfd_open(self.pid)
         self._sockets = {
             "iopub": self._connect("iopub", zmq.SUB),
@@ -251,15 +253,21 @@ class KernelProcess:
         await self.exited.wait()
 
     async def kill(self) -> None:
-        """Terminate, close what this host holds of the process and remove its folder."""
-        if self not in _live:
-            return
-        _live.discard(self)
+        """Terminate, close what this host holds of the process and remove its folder.
+
+        Once begun it comes to its end, also when the caller is cancelled; again, it waits for the same end.
+        """
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._kill())
+        await asyncio.shield(self._ending)
+
+    async def _kill(self) -> None:
         await self.terminate()
         self._release()
         await self._manager.provisioner.wait()  # type: ignore[union-attr]
         await self._manager.cleanup_resources()
         await run_in_thread(remove_folder, self.folder)
+        _live.discard(self)
 
     def kill_now(self) -> None:
         """The same without a loop, when there is none left to wait in."""
@@ -268,6 +276,10 @@ class KernelProcess:
         self._popen.wait()
         self._release()
         remove_folder(self.folder)
+
+    async def kill_soon(self) -> None:
+        """`kill_now` on the loop."""
+        self.kill_now()
 
     def _signal_group(self) -> None:
         if self._popen.returncode is not None:
@@ -278,6 +290,9 @@ class KernelProcess:
             return
 
     def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
         for fd in (self._pidfd, self._stderr, *(_fileno(channel) for channel in self._sockets.values())):
             self._loop.remove_reader(fd)
         for channel in self._sockets.values():
@@ -289,7 +304,11 @@ class KernelProcess:
 @atexit.register
 def _kill_what_is_left() -> None:
     for process in list(_live):
-        if process._owner == os.getpid():
+        if process._owner != os.getpid():
+            continue
+        if process._loop.is_running():  # in another thread: what that reads from must not be closed under it
+            asyncio.run_coroutine_threadsafe(process.kill_soon(), process._loop).result(5)
+        else:
             process.kill_now()
 
 

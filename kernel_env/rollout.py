@@ -9,15 +9,15 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from kernel_env import portal
 from kernel_env.answer import printed_marker
 from kernel_env.config import EnvConfig
 from kernel_env.episode import Context, Episode, Turn
-from kernel_env.errors import EpisodeOver, KernelDied, RubricError
+from kernel_env.errors import EpisodeOver, KernelDied, ResetRequired, RubricError
 from kernel_env.execution import Execution
 from kernel_env.helpers import HostHelpers
 from kernel_env.kernel import Kernel, KernelSetup
@@ -29,25 +29,30 @@ __all__ = ["Rollout"]
 
 log = logging.getLogger("kernel_env.rollout")
 
+T = TypeVar("T")
+
 _VERSIONED = ("kernel_env", "ipykernel", "jupyter_client", "nbformat")
-_ANSWER_CONTENT = "answer.get('content', '') if isinstance(answer, dict) else ''"
+_ANSWER_CONTENT = "answer.get('content') or '' if isinstance(answer, dict) else ''"
 
 
 class Rollout:
     """An episode from its reset to its close; make one with `await Rollout.start(…)`."""
 
     def __init__(
-        self, config: EnvConfig, scorer: Scorer, record: Episode, kernel: Kernel, context: Context
+        self, config: EnvConfig, scorer: Scorer, helpers: HostHelpers, record: Episode, kernel: Kernel
     ) -> None:
         self.record = record
         self.iteration = 0
         self._config = config
         self._scorer = scorer
         self._on_turn = portal.as_async(config.on_turn) if config.on_turn is not None else None
+        self._helpers = helpers
         self._kernel = kernel
-        self._context = context
         self._deadline = time.monotonic() + config.limits.episode
-        self._lock = asyncio.Lock()
+        self._turn_lock = asyncio.Lock()
+        # Apart from it, so that a rubric can read variables while the turn it judges is not over.
+        self._kernel_lock = asyncio.Lock()
+        self._is_closed = False
 
     @classmethod
     async def start(
@@ -66,17 +71,7 @@ class Rollout:
         Raises:
             ConfigError, KernelStartError: as `Kernel.start`.
         """
-        started, clock = time.time(), time.monotonic()
-        limits = config.limits
-        kernel = await Kernel.start(
-            KernelSetup(
-                kernel_name=config.kernel_name,
-                limits=limits,
-                helpers=HostHelpers(config).available(),
-                context=context,
-                seed=seed,
-            )
-        )
+        limits, helpers = config.limits, HostHelpers(config)
         record = Episode(
             episode_id=episode_id or uuid.uuid4().hex,
             task_prompt=task_prompt,
@@ -87,10 +82,20 @@ class Rollout:
             seed=seed,
             limits={name: value if value < math.inf else None for name, value in asdict(limits).items()},
             versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-            started=started,
-            start_time=time.monotonic() - clock,
+            started=time.time(),
         )
-        return cls(config, scorer, record, kernel, context)
+        clock = time.monotonic()
+        kernel = await Kernel.start(
+            KernelSetup(
+                kernel_name=config.kernel_name,
+                limits=limits,
+                helpers=helpers.available(),
+                context=context,
+                seed=seed,
+            )
+        )
+        record.start_time = time.monotonic() - clock
+        return cls(config, scorer, helpers, record, kernel)
 
     def first_observation(self) -> REPLObservation:
         """What the policy sees before its first action."""
@@ -110,37 +115,29 @@ class Rollout:
 
         Raises:
             EpisodeOver: the episode has ended.
+            ResetRequired: it was closed while this step waited for its turn.
             RubricError: the rubric failed; the turn is recorded, without a reward.
+            UsageError: called in a helper that serves this very episode.
         """
-        async with self._lock:
-            if self.record.done:
-                raise EpisodeOver("the episode is over; call reset() for the next one")
-            self.iteration += 1
-            execution: Execution | None = None
-            answer: str | None = action.final_answer or ""
-            if action.is_final:
-                result = CodeBlockResult(stdout="Final answer submitted.")
-            else:
-                execution = await self._execute(action, timeout_s)
-                answer = await self._answer(action, execution)
-                result = self._result(execution)
-            reason, answer = await self._judge_end(execution, answer)
-            if reason == "max_iterations":
-                note = f"Maximum iterations ({self.record.max_iterations}) reached."
-                result.stdout += ("\n" if result.stdout and not result.stdout.endswith("\n") else "") + note
-            self.record.done_reason, self.record.final_answer = reason, answer
-            observation = self._observe(result, execution)
+        self._helpers.check_caller()
+        async with self._turn_lock:
+            async with self._kernel_lock:
+                self._check_open()
+                if self.record.done:
+                    raise EpisodeOver("the episode is over; call reset() for the next one")
+                (observation, execution), was_cancelled = await self._uninterrupted(
+                    self._act(action, timeout_s)
+                )
+            failure = None
             try:
-                failure = await self._reward(action, observation)
+                observation.reward = await self._scorer.score(action, observation)
+            except RubricError as error:
+                failure = error
             finally:
                 turn = _turn_of(action, observation, execution)
                 self.record.turns.append(turn)
-        if self._on_turn is not None:
-            try:
-                await self._on_turn(turn)
-            except Exception:
-                log.exception("on_turn raised; the episode goes on")
-        if execution is not None and execution.cancelled:
+        await self._tell(turn)
+        if was_cancelled:
             raise asyncio.CancelledError
         if failure is not None:
             raise failure
@@ -151,31 +148,80 @@ class Rollout:
 
         Raises:
             KernelDied: the kernel is gone and none replaced it.
+            ResetRequired, UsageError: as `step`.
         """
-        async with self._lock:
-            execution = await self._kernel.text_of(expression, convert="repr", active=timeout_s)
-            if execution.cancelled:
-                raise asyncio.CancelledError
-            shown = f"{execution.answer}\n" if execution.answer is not None else ""
-            return self._observe(self._result(execution, stdout_end=shown), execution)
-
-    def stop(self, reason: str) -> None:
-        """End the cell that runs, if one does, as if its time were up."""
-        self._kernel.stop(reason)
+        self._helpers.check_caller()
+        async with self._kernel_lock:
+            self._check_open()
+            execution, was_cancelled = await self._uninterrupted(
+                self._kernel.text_of(expression, convert="repr", active=timeout_s)
+            )
+        if was_cancelled:
+            raise asyncio.CancelledError
+        shown = f"{execution.answer}\n" if execution.answer is not None else ""
+        return self._observe(self._result(execution, stdout_end=shown), execution)
 
     async def close(self) -> None:
-        """End the episode and its kernel."""
-        self.stop("the environment was closed")
-        async with self._lock:
+        """End the episode and its kernel; a cell that runs is stopped first."""
+        self._is_closed = True
+        self._kernel.stop("the environment was closed")
+        async with self._kernel_lock:
             if not self.record.done:
                 self.record.done_reason = "closed"
             await self._kernel.close()
 
     def close_now(self) -> None:
         """The same when the loop it lived on is closed."""
+        self._is_closed = True
         if not self.record.done:
             self.record.done_reason = "closed"
         self._kernel.close_now()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ResetRequired("the episode was closed; call reset() for the next one")
+
+    async def _uninterrupted(self, work: Coroutine[Any, Any, T]) -> tuple[T, bool]:
+        """Await `work` to its end, and say whether the caller was cancelled meanwhile.
+
+        A cancellation, or several, only stops the cell: left alone, it would run on into the next step.
+        """
+        task = asyncio.ensure_future(work)
+        was_cancelled = False
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                was_cancelled = True
+                if not self._kernel.stop("the caller interrupted it"):
+                    task.cancel()
+        return task.result(), was_cancelled
+
+    async def _act(
+        self, action: REPLAction, timeout_s: float | None
+    ) -> tuple[REPLObservation, Execution | None]:
+        self.iteration += 1
+        execution: Execution | None = None
+        answer: str | None = action.final_answer or ""
+        if action.is_final:
+            result = CodeBlockResult(stdout="Final answer submitted.")
+        else:
+            execution = await self._execute(action, timeout_s)
+            answer = await self._answer(action, execution, timeout_s)
+            result = self._result(execution)
+        reason, answer = await self._judge_end(execution, answer, timeout_s)
+        if reason == "max_iterations":
+            note = f"Maximum iterations ({self.record.max_iterations}) reached."
+            result.stdout += ("\n" if result.stdout and not result.stdout.endswith("\n") else "") + note
+        self.record.done_reason, self.record.final_answer = reason, answer
+        return self._observe(result, execution), execution
+
+    async def _tell(self, turn: Turn) -> None:
+        if self._on_turn is not None:
+            try:
+                await self._on_turn(turn)
+            except Exception:
+                log.exception("on_turn raised; the episode goes on")
 
     async def _execute(self, action: REPLAction, timeout_s: float | None) -> Execution:
         return await self._kernel.execute(
@@ -198,19 +244,26 @@ class Rollout:
 
         return guarded
 
-    async def _answer(self, action: REPLAction, execution: Execution) -> str | None:
+    async def _answer(self, action: REPLAction, execution: Execution, timeout_s: float | None) -> str | None:
         """The answer a cell gave: submitted from inside, or printed on purpose."""
         if execution.answer is not None:
             return execution.answer
+        if execution.dropped:
+            return None  # what is left of the output may hold half an answer
         marker = printed_marker(action.code, stream_text(execution.outputs, "stdout"))
         if marker is None or not marker.is_variable:
             return marker.text if marker is not None else None
         if execution.restarted or execution.kernel_lost or not marker.text.isidentifier():
             return None
-        return (await self._kernel.text_of(marker.text, convert="str")).answer
+        return await self._text_of(marker.text, timeout_s)
+
+    async def _text_of(self, expression: str, timeout_s: float | None) -> str | None:
+        total = max(self._time_left, 0.001)
+        execution = await self._kernel.text_of(expression, convert="str", active=timeout_s, total=total)
+        return execution.answer
 
     async def _judge_end(
-        self, execution: Execution | None, answer: str | None
+        self, execution: Execution | None, answer: str | None, timeout_s: float | None
     ) -> tuple[DoneReason | None, str | None]:
         if answer is not None:
             return "final", answer
@@ -221,16 +274,8 @@ class Rollout:
         if self.iteration < self.record.max_iterations:
             return None, None
         with contextlib.suppress(KernelDied):
-            content = await self._kernel.text_of(_ANSWER_CONTENT, convert="str")
-            return "max_iterations", content.answer or None
+            return "max_iterations", await self._text_of(_ANSWER_CONTENT, timeout_s) or None
         return "max_iterations", None
-
-    async def _reward(self, action: REPLAction, observation: REPLObservation) -> RubricError | None:
-        try:
-            observation.reward = await self._scorer.score(action, observation)
-        except RubricError as error:
-            return error  # raised once the turn is recorded
-        return None
 
     def _result(self, execution: Execution, *, stdout_end: str = "") -> CodeBlockResult:
         limit = self._config.max_output_length
@@ -240,8 +285,12 @@ class Rollout:
             stderr = "\n".join(filter(None, [stderr, execution.exception]))
         notes = "\n".join(f"[kernel_env] {note}" for note in execution.notes)
         return CodeBlockResult(
-            stdout=clip(stdout_text(execution.outputs) + stdout_end, limit),
-            stderr="\n".join(filter(None, [clip(stderr, limit), notes])),
+            stdout=clip(
+                stdout_text(execution.outputs) + stdout_end, limit, dropped=execution.dropped.get("stdout", 0)
+            ),
+            stderr="\n".join(
+                filter(None, [clip(stderr, limit, dropped=execution.dropped.get("stderr", 0)), notes])
+            ),
             locals_snapshot=execution.report.changed if execution.report else {},
             execution_time=execution.duration,
             success=execution.status == "ok",
@@ -249,7 +298,7 @@ class Rollout:
         )
 
     def _observe(self, result: CodeBlockResult, execution: Execution | None = None) -> REPLObservation:
-        record, context = self.record, self._context
+        record = self.record
         metadata: dict[str, Any] = {"task_prompt": record.task_prompt}
         if self.iteration == 0 and execution is None:
             metadata |= {"message": "Environment ready.", "isolation": record.isolation}
@@ -260,8 +309,8 @@ class Rollout:
             metadata |= {"total_execution_time": spent, "total_iterations": self.iteration}
         return REPLObservation(
             result=result,
-            context_preview=context.text[: self._config.context_preview_length],
-            context_length=len(context.text),
+            context_preview=record.context[: self._config.context_preview_length],
+            context_length=len(record.context),
             available_variables=list(self._kernel.names),
             iteration=self.iteration,
             max_iterations=record.max_iterations,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from kernel_env.errors import RubricError, boundary
@@ -124,7 +125,7 @@ class REPLRubric(Rubric):
 
     def set_expected(self, expected: Any) -> None:
         for rubric in (self.outcome, self.process):
-            _call_if_there(rubric, "set_expected", expected)
+            _expect(rubric, expected)
 
     def forward(self, action: REPLAction, observation: REPLObservation) -> Any:
         if not observation.done:
@@ -138,6 +139,13 @@ def _call_if_there(rubric: Any, method: str, *args: Any) -> None:
     function = getattr(rubric, method, None)
     if function is not None:
         function(*args)
+
+
+def _expect(rubric: Any, expected: Any) -> None:
+    # None is told too, so that the answer of the last episode does not stay behind; but OpenEnv's rubrics
+    # would make the text "None" of it, and their reset has cleared what they had.
+    if expected is not None or isinstance(rubric, Rubric) or not hasattr(rubric, "reset"):
+        _call_if_there(rubric, "set_expected", expected)
 
 
 class Scorer:
@@ -156,9 +164,7 @@ class Scorer:
         """
         with boundary(RubricError, f"rubric {self._name} could not begin an episode"):
             _call_if_there(self._rubric, "reset")
-            # OpenEnv's rubrics make text of what they are given, "None" included; their reset has cleared it.
-            if expected is not None or not hasattr(self._rubric, "reset"):
-                _call_if_there(self._rubric, "set_expected", expected)
+            _expect(self._rubric, expected)
 
     async def score(self, action: REPLAction, observation: REPLObservation) -> float:
         """The reward of a step.
@@ -168,6 +174,6 @@ class Scorer:
         """
         with boundary(RubricError, f"rubric {self._name} raised"):
             reward = await self._call(action, observation)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
+        if not isinstance(reward, Real) or not math.isfinite(reward):
             raise RubricError(f"rubric {self._name} returned {reward!r}; a reward is a finite number")
         return float(reward)

@@ -7,6 +7,11 @@ import pytest
 from kernel_env.answer import Marker, printed_marker
 
 
+def test_many_unbalanced_markers_take_one_pass() -> None:
+    stdout = "FINAL(\n" * 200_000 + "FINAL(x)\n"
+    assert printed_marker("print('FINAL(')", stdout) == Marker("x", is_variable=False)
+
+
 @pytest.mark.parametrize(
     ("code", "stdout", "found"),
     [

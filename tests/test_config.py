@@ -31,6 +31,10 @@ async def asynchronous(output: Any) -> None:
         ({"tools": {"five": 5}}, r"tools\['five'\] = 5 is not callable"),
         ({"isolation": "sandbox"}, "isolation='sandbox'"),
         ({"isolation": "docker"}, "isolation='docker'"),
+        ({"isolation": ["process"]}, r"isolation = \['process'\]"),
+        ({"kernel_name": 5}, "kernel_name = 5"),
+        ({"limits": {"restarts": 1}}, "limits = "),
+        ({"tools": [print]}, "tools = "),
         ({"preload": ["numpy"]}, r"preload=\['numpy'\]"),
         ({"files": {"a": b""}}, r"files=\['a'\]"),
         ({"rlm_max_depth": 2}, "rlm_max_depth=2"),
@@ -54,6 +58,12 @@ def test_max_iterations_is_checked_at_construction() -> None:
 def test_limits_are_positive_numbers(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"Limits.{name} = {value!r}"):
         Limits(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["restarts", "cell_output", "answer_bytes", "helper_concurrency"])
+def test_counts_and_sizes_are_whole_numbers(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"Limits.{name} = 1.5; give a whole number"):
+        Limits(**{name: 1.5})  # type: ignore[arg-type]
 
 
 def test_zero_restarts_are_a_limit_and_zero_seconds_are_not() -> None:

@@ -9,11 +9,12 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel_env import REPLAction, REPLEnvironment, ResetRequired, UsageError
+from kernel_env import Limits, REPLAction, REPLEnvironment, REPLObservation, ResetRequired, UsageError
 
 CELL = REPLAction(code="x = 1")
 
@@ -97,6 +98,59 @@ def test_a_timeout_around_a_step_works_like_a_cancellation() -> None:
                 await env.step_async(REPLAction(code="while True: pass"))
         assert (await env.step_async(CELL)).status == "ok"
         await env.close_async()
+
+    asyncio.run(body())
+
+
+def test_cancelling_again_and_again_changes_nothing() -> None:
+    async def body() -> None:
+        printed = asyncio.Event()
+        limits = Limits(interrupt_grace=0.5)
+        env = REPLEnvironment(on_output=lambda output: printed.set(), limits=limits)
+        await env.reset_async()
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        code += "print('on', flush=True)\nwhile True: pass"
+        task = asyncio.create_task(env.step_async(REPLAction(code=code)))
+        await printed.wait()
+        while not task.done():  # through the interrupt, the kill and the start of a fresh kernel
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.05)
+        assert task.cancelled()
+        assert [turn.observation.restarted for turn in env.episode.turns] == [True]
+        assert (await env.step_async(REPLAction(code="1 + 1"))).result.stdout == "2\n"
+        await env.close_async()
+
+    asyncio.run(body())
+
+
+def test_a_cancelled_close_still_closes(temporary_folder: Path) -> None:
+    async def body() -> None:
+        env = REPLEnvironment()
+        await env.reset_async()
+        closing = asyncio.create_task(env.close_async())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing})
+        await env.close_async()
+        assert env.episode.done_reason == "closed"
+
+    asyncio.run(body())
+    assert not list(temporary_folder.glob("ke-*"))
+
+
+def test_closing_does_not_wait_for_steps_in_the_queue() -> None:
+    async def body() -> None:
+        printed = asyncio.Event()
+        env = REPLEnvironment(on_output=lambda output: printed.set())
+        await env.reset_async()
+        code = REPLAction(code="print('on', flush=True)\nimport time; time.sleep(60)")
+        steps = [asyncio.create_task(env.step_async(code)) for _ in range(3)]
+        await printed.wait()
+        async with asyncio.timeout(10):
+            await env.close_async()
+        first, *others = await asyncio.gather(*steps, return_exceptions=True)
+        assert isinstance(first, REPLObservation)
+        assert [type(error) for error in others] == [ResetRequired, ResetRequired]
 
     asyncio.run(body())
 

@@ -64,6 +64,12 @@ def test_an_output_that_is_too_large_says_so() -> None:
     assert output["data"] == {"text/plain": "<image/png of 5000 chars, over Limits.cell_output, not kept>"}
 
 
+def test_data_that_the_notebook_format_does_not_allow_becomes_text() -> None:
+    data = {"text/plain": 5, "text/html": ["<b>", "</b>"], "application/json": {"a": float("nan")}}
+    (output,) = collect(("display_data", {"data": data, "metadata": {}}))
+    assert output["data"] == {"text/plain": "5", "text/html": "<b></b>", "application/json": {"a": None}}
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 10])
 def test_clip_keeps_exactly_the_limit_around_the_marker(limit: int) -> None:
     clipped = clip("0123456789abc", limit)

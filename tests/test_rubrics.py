@@ -95,24 +95,29 @@ def test_the_expected_answer_never_leaks_into_the_next_episode() -> None:
     class WithoutReset:
         expected: Any = "unset"
 
-        def set_expected(self, value: Any) -> None:
-            self.expected = value
+        def set_expected(self, expected: Any) -> None:
+            self.expected = expected
 
         def __call__(self, action: Any, observation: Any) -> float:
             return 1.0
 
     class OpenEnvLike(WithoutReset):
-        def set_expected(self, value: Any) -> None:
-            self.expected = str(value)
+        def set_expected(self, expected: Any) -> None:
+            self.expected = str(expected)
 
         def reset(self) -> None:
             self.expected = None
 
-    for rubric in (WithoutReset(), OpenEnvLike()):
-        run(score(rubric, "first"))
-        assert rubric.expected == "first"
-        run(score(rubric))
-        assert rubric.expected is None
+    class WithOurNoReset(Rubric, WithoutReset):
+        forward = WithoutReset.__call__
+        set_expected = WithoutReset.set_expected
+
+    for rubric in (WithoutReset(), OpenEnvLike(), WithOurNoReset()):
+        for whole in (rubric, REPLRubric(outcome=rubric)):
+            run(score(whole, "first"))
+            assert rubric.expected == "first"
+            run(score(whole))
+            assert rubric.expected is None
 
 
 def test_what_begins_an_episode_may_raise_too() -> None:

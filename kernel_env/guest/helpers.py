@@ -47,6 +47,11 @@ class Guest:
         for description in options["helpers"]:
             self.helpers[description["name"]] = bridge.proxy(self.channel, description)
         self._known: dict[str, tuple[int, int, Any]] = {}
+        self._system = {
+            name: value
+            for name, value in shell.user_ns.items()
+            if name.startswith("_") or name in shell.user_ns_hidden
+        }
 
     def put_in_place(self) -> None:
         """Fill the namespace, and take it as the state that the first report compares with."""
@@ -148,7 +153,8 @@ class Guest:
         self._write_report(self._changes(), restored, notes)
 
     def _write_report(self, changed: dict[str, str], restored: list[str], notes: list[str]) -> None:
-        names = sorted({*self._known, *self.helpers, "context", "answer"})[:REPORTED_NAMES]
+        given = {*self.helpers, "context", "answer"}
+        names = sorted([*given, *sorted(self._known)[: REPORTED_NAMES - len(given)]])
         self.shell.payload_manager.write_payload(
             {"source": "kernel_env", "names": names, "changed": changed, "restored": restored, "notes": notes}
         )
@@ -156,6 +162,9 @@ class Guest:
     def _restore(self, notes: list[str]) -> list[str]:
         sys.stdout, sys.stderr = self.streams
         namespace = self.shell.user_ns
+        for name, value in self._system.items():
+            if name not in namespace or name in ("get_ipython", "__builtins__"):
+                namespace[name] = value
         broken = [name for name, helper in self.helpers.items() if namespace.get(name) is not helper]
         for name in broken:
             namespace[name] = self.helpers[name]
@@ -171,7 +180,6 @@ class Guest:
             if isinstance(answer, dict) and answer.get("ready"):
                 self.submit(str(answer.get("content", "")))
         except BaseException as error:  # noqa: BLE001 - `content` is any object: its __str__ and its size are the cell's
-            answer["ready"] = False
             notes.append(f"answer not submitted: {type(error).__name__}: {error}")
 
     def _changes(self) -> dict[str, str]:
@@ -191,7 +199,9 @@ class Guest:
     @staticmethod
     def _identity(value: Any) -> tuple[int, int, Any]:
         kind = type(value)
-        length = len(value) if kind in (list, dict, set) else -1
+        # The base's own __len__: a subclass's may do anything.
+        bases: tuple[Any, ...] = (list, dict, set)
+        length = next((base.__len__(value) for base in bases if isinstance(value, base)), -1)
         # A small value is held, so that its id is not used again; holding a large one would keep alive
         # what the cell deleted.
         small = kind in (int, float, bool, complex) or (kind in (str, bytes) and len(value) < 1000)

@@ -17,7 +17,12 @@ from .conftest import MakeFacade
 
 @pytest.mark.parametrize(
     "code",
-    ["while True: pass", "import time; time.sleep(60)", "import subprocess; subprocess.run(['sleep', '60'])"],
+    [
+        "while True: pass",
+        "import asyncio; await asyncio.sleep(60)",
+        "import time; time.sleep(60)",
+        "import subprocess; subprocess.run(['sleep', '60'])",
+    ],
 )
 def test_a_cell_past_its_time_is_interrupted_and_keeps_its_variables(make: MakeFacade, code: str) -> None:
     env = make()
@@ -93,6 +98,13 @@ def test_the_episode_ends_when_the_restarts_are_used_up(make: MakeFacade) -> Non
     assert "Limits.restarts = 1" in observation.result.stderr
 
 
+def test_a_ready_answer_counts_though_the_cell_is_stopped(make: MakeFacade) -> None:
+    env = make()
+    env.reset()
+    observation = env.execute("answer.update(content='42', ready=True)\nwhile True: pass", timeout_s=0.5)
+    assert (observation.status, observation.final_answer) == ("timeout", "42")
+
+
 def test_waiting_for_helpers_is_not_active_time(make: MakeFacade) -> None:
     async def slow(prompt: str) -> str:
         await asyncio.sleep(1.5)
@@ -147,6 +159,24 @@ with ThreadPoolExecutor(4) as pool:
     observation = env.execute(code)
     assert time.monotonic() - start < 3
     assert (observation.status, observation.restarted) == ("timeout", False)
+
+
+def test_a_call_that_outlives_its_cell_is_cancelled_and_recorded(make: MakeFacade) -> None:
+    called = threading.Event()
+
+    async def hangs(prompt: str) -> str:
+        called.set()
+        await asyncio.sleep(3600)
+        return prompt
+
+    env = make(llm_query_fn=hangs, tools={"is_called": lambda: called.wait(20)})
+    env.reset()
+    code = (
+        "import threading; threading.Thread(target=llm_query, args=('x',), daemon=True).start(); is_called()"
+    )
+    assert env.execute(code).status == "ok"
+    errors = {call.name: call.error for call in env.episode.turns[0].helper_calls}
+    assert errors == {"is_called": None, "llm_query": "llm_query was cancelled: its cell has ended"}
 
 
 def test_the_episode_has_a_time_limit_of_its_own(make: MakeFacade) -> None:

@@ -41,10 +41,20 @@ async def asynchronous(prompt: str, model: str | None = None) -> str:
         (lambda prompt, **options: f"{prompt}-{options}", "\"p-{'model': 'm'}\""),
         (asynchronous, "'p-m'"),
         (str.upper, "'P'"),
+        (str, "'p'"),
     ],
 )
 def test_model_functions_of_every_form(make: MakeFacade, function: Any, reply: str) -> None:
     assert value(make, "llm_query('p', model='m')", llm_query_fn=function) == reply
+
+
+def test_a_default_model_of_the_function_holds_where_the_call_names_none(make: MakeFacade) -> None:
+    def model(prompt: str, model: str = "large") -> str:
+        return f"{prompt}-{model}"
+
+    assert (
+        value(make, "llm_query('p'), llm_query('p', 'small')", llm_query_fn=model) == "('p-large', 'p-small')"
+    )
 
 
 def test_batches_without_a_batch_function_are_concurrent_singles(make: MakeFacade) -> None:

@@ -140,12 +140,16 @@ def broken(make: MakeFacade) -> Facade:
     return env
 
 
-@pytest.mark.parametrize("code", ["FINAL = 1", "del FINAL", "del FINAL, llm_query", "%reset -f"])
+CLEAR = "for name in list(globals()):\n    if not name.startswith('__'): del globals()[name]"
+
+
+@pytest.mark.parametrize("code", ["FINAL = 1", "del FINAL", "del FINAL, llm_query", "%reset -f", CLEAR])
 def test_helpers_come_back_and_the_observation_says_so(broken: Facade, code: str) -> None:
     observation = broken.execute(code)
     assert "Restored:" in observation.result.stderr
     assert "FINAL" in observation.result.stderr
     assert broken.execute("llm_query('x')").result.stdout == "'X'\n"
+    assert broken.variable("Out").result.success
     assert broken.execute("FINAL(1)").final_answer == "1"
 
 

@@ -16,8 +16,12 @@ from kernel_env import (
     Turn,
     UsageError,
 )
+from tests.conftest import MakeEnv
 
 from .conftest import MakeFacade
+
+CYCLIC: list[Any] = []
+CYCLIC.append([CYCLIC])
 
 
 def test_nothing_works_before_reset_or_after_close(make: MakeFacade) -> None:
@@ -70,10 +74,11 @@ def test_an_answer_in_the_last_iteration_is_the_end(make: MakeFacade) -> None:
     assert "Maximum" not in observation.result.stdout
 
 
-def test_no_answer_at_the_end_is_a_failure(make: MakeFacade) -> None:
+@pytest.mark.parametrize("code", ["1", "answer['content'] = None", "answer['content'] = []", "answer = 'x'"])
+def test_no_answer_at_the_end_is_a_failure(make: MakeFacade, code: str) -> None:
     env = make()
     env.reset(max_iterations=1, expected_answer="x")
-    observation = env.execute("1")
+    observation = env.execute(code)
     assert (observation.final_answer, observation.reward) == (None, -0.1)
 
 
@@ -256,6 +261,37 @@ def test_the_record_has_a_larger_limit_with_the_same_marker(make: MakeFacade) ->
     assert len(output["text"]) < 10_200
 
 
+def test_the_true_length_is_told_of_each_stream(make: MakeFacade) -> None:
+    env = make(limits=Limits(cell_output=50_000), max_output_length=1000)
+    env.reset()
+    result = env.execute("import sys\nprint('x' * 99_999)\nprint('y' * 199_999, file=sys.stderr)").result
+    assert "(truncated, total 100000 chars)" in result.stdout
+    assert "(truncated, total 200000 chars)" in result.stderr
+    assert "y" not in result.stdout
+
+
+def test_a_printed_answer_is_whole_or_none(make: MakeFacade) -> None:
+    env = make(limits=Limits(cell_output=50_000))
+    env.reset()
+    assert not env.execute("print('FINAL(' + 'x' * 100_000 + ')')").done
+
+
+def test_a_namespace_of_many_names_keeps_the_helpers(make: MakeFacade) -> None:
+    env = make(llm_query_fn=str.upper)
+    env.reset()
+    names = env.execute("for n in range(11_000): globals()[f'a{n}'] = n").available_variables
+    assert len(names) == 10_000
+    assert {"context", "answer", "llm_query"} <= set(names)
+
+
+def test_help_is_shown(make: MakeFacade) -> None:
+    env = make(llm_query_fn=str.upper)
+    env.reset()
+    stdout = env.execute("llm_query?").result.stdout
+    assert "Ask a language model" in stdout
+    assert "\x1b" not in stdout
+
+
 def test_get_variable_is_no_step(make: MakeFacade) -> None:
     env = make()
     env.reset(max_iterations=2)
@@ -284,6 +320,31 @@ def test_turns_and_outputs_are_called_back(make: MakeFacade) -> None:
     assert [turn.action.code for turn in turns] == ["print('a')\n2"]
     assert [output["output_type"] for output in outputs] == ["stream", "execute_result"]
     assert env.episode.turns == turns
+
+
+def test_a_rubric_may_read_variables(make_env: MakeEnv) -> None:
+    def rubric(action: REPLAction, observation: Any) -> float:
+        return float(env.get_variable("score").observation.result.stdout)
+
+    env = make_env(rubric=rubric)
+    env.reset()
+    assert env.execute("score = 0.25").reward == 0.25
+
+
+def test_a_tool_that_steps_its_own_episode_is_told_so(make_env: MakeEnv) -> None:
+    seen: list[str] = []
+
+    def peek() -> None:
+        for use in (env.get_variable, env.execute):
+            try:
+                use("1")
+            except UsageError as error:
+                seen.append(str(error))
+
+    env = make_env(tools={"peek": peek})
+    env.reset()
+    assert env.execute("peek()").observation.status == "ok"
+    assert seen == ["a helper of this episode cannot step or read it: its own cell is still running"] * 2
 
 
 def test_a_rubric_that_raises_costs_the_reward_not_the_turn(make: MakeFacade) -> None:
@@ -337,6 +398,10 @@ def test_the_record_of_an_episode(make: MakeFacade) -> None:
         ({"context": b"bytes"}, "context is a bytes"),
         ({"max_iterations": 0}, "max_iterations = 0"),
         ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**64}, "64 bits"),
+        ({"task_prompt": 5}, "task_prompt = 5"),
+        ({"episode_id": 5}, "episode_id = 5"),
+        ({"context": CYCLIC}, "contains itself"),
         ({"hf_token": "t"}, "hf_token"),
         ({"llm_model": "m"}, "llm_model"),
         ({"rlm_max_depth": 2}, "rlm_max_depth"),
@@ -362,6 +427,10 @@ def test_bad_steps_are_refused_before_they_count(make: MakeFacade) -> None:
     for timeout in (0, -1.0, float("nan"), "1"):
         with pytest.raises(ConfigError, match="timeout_s"):
             env.execute("1", timeout_s=timeout)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="metadata is no JSON value"):
+        env.step(REPLAction(code="1", metadata={"a": {1}}))
+    with pytest.raises(ConfigError, match="get_variable"):
+        env.variable("'\ud800'")
     assert env.state().iteration == 0
 
 
