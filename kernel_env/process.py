@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hmac
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import zmq
 import zmq.asyncio
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_client.session import Session
+from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import from_env
 from kernel_env.errors import ConfigError, KernelStartError
@@ -198,12 +199,21 @@ class KernelProcess:
     def _receive(self, channel: str, frames: list[bytes]) -> None:
         self._received += 1
         try:
-            _, parts = self.session.feed_identities(frames)
-            message = self.session.deserialize(parts)
+            message = self._decode(frames)
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
             return
         self._on_message(channel, message)
+
+    def _decode(self, frames: list[bytes]) -> dict[str, Any]:
+        # `Session.deserialize` also makes datetimes of every date, which nobody here reads: half its time.
+        signature, *parts = frames[frames.index(DELIM) + 1 :]
+        if not hmac.compare_digest(signature, self.session.sign(parts[:4])):
+            raise ValueError("its signature is wrong")
+        header, parent, _, content = (json.loads(part) for part in parts[:4])
+        if not isinstance(parent, dict) or not isinstance(content, dict):
+            raise TypeError("its parts are no objects")
+        return {"msg_type": header["msg_type"], "parent_header": parent, "content": content}
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
