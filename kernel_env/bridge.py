@@ -137,7 +137,7 @@ class Bridge:
         self._context = context
         self._limits = limits
         self._cell: Cell | None = None
-        self._connections: set[_Connection] = set()
+        self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._memfd: int | None = None
 
@@ -150,7 +150,7 @@ class Bridge:
         """Stop listening, drop every connection, cancel every call."""
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.abort()
         self._close_memfd()
 
@@ -286,12 +286,6 @@ class Bridge:
         # An answer of control characters takes six bytes of JSON for each of its own.
         return max(self._limits.helper_frame_bytes, 6 * self._limits.answer_bytes + _HELLO_BYTES)
 
-    def connected(self, connection: _Connection) -> None:
-        self._connections.add(connection)
-
-    def disconnected(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
-
 
 class _Connection(asyncio.Protocol):
     """One connection of one thread in the kernel: one request at a time."""
@@ -305,10 +299,10 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._bridge.connected(self)
+        self._bridge.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._bridge.disconnected(self)
+        self._bridge.connections.discard(self)
         if self._task is not None:
             self._task.cancel()
 

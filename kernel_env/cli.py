@@ -29,6 +29,7 @@ from kernel_env.errors import ConfigError, KernelEnvError
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import check_target, read_cells
 from kernel_env.outputs import stderr_text, stdout_text
+from kernel_env.process import check_platform
 
 __all__ = ["app"]
 
@@ -266,8 +267,7 @@ def doctor() -> None:
 
 
 def _check_platform() -> str:
-    if sys.platform != "linux":
-        raise ConfigError(f"{sys.platform}: kernel_env needs Linux (on Windows: WSL2)")
+    check_platform()
     return f"{platform.platform()}, Python {platform.python_version()}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from kernel_env.types import Status
 __all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
 
 log = logging.getLogger("kernel_env.execution")
+
+_NO_SOURCE = re.compile("[\\0\ud800-\udfff]")
 
 PAYLOAD = "kernel_env"
 """The `source` of the guest's payload in an execute reply, and our key in a request's metadata."""
@@ -152,16 +155,16 @@ class Running:
 
 
 def refusal(code: str) -> Execution | None:
-    """The failed execution of code that can be neither sent nor compiled because it is no Unicode text."""
-    try:
-        code.encode()
-    except UnicodeEncodeError as error:
-        position = error.start
-    else:
+    """The failed execution of code that no Python compiles: with a NUL in it, or a lone surrogate.
+
+    A surrogate cannot even be sent, and of a NUL Pythons of one minor version say different things.
+    """
+    found = _NO_SOURCE.search(code)
+    if found is None:
         return None
     exception = (
-        f"SyntaxError: the code has a lone surrogate {code[position]!a} at character {position}; "
-        "write it as an escape inside a string literal"
+        f"SyntaxError: the code has {found.group()!a} at character {found.start()}, which Python source "
+        "cannot hold; write it as an escape inside a string literal"
     )
     return Execution(
         status="error",

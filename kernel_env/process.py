@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from kernel_env.config import from_env
 from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.portal import run_in_thread
 
-__all__ = ["KernelProcess", "find_kernelspec", "make_folder", "remove_folder"]
+__all__ = ["KernelProcess", "check_platform", "find_kernelspec", "make_folder", "remove_folder"]
 
 log = logging.getLogger("kernel_env.process")
 
@@ -48,20 +49,35 @@ _IPYTHON_CONFIG = {
 _live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
 
 
+def check_platform() -> None:
+    """Raise ConfigError where memfd and pidfd are missing, which carry the context and tell of deaths."""
+    if sys.platform != "linux":
+        raise ConfigError(f"kernel_env needs Linux, not {sys.platform}; on Windows use WSL2")
+
+
 def find_kernelspec(name: str) -> KernelSpec:
     """Look up an installed kernelspec.
 
     Raises:
-        ConfigError: there is none of that name, with the names there are, or it is not for Python.
+        ConfigError: there is none of that name, with the names there are; or it is not for Python, or
+            its kernels are not processes of this machine.
     """
     manager = KernelSpecManager()
     try:
         spec: KernelSpec = manager.get_kernel_spec(name)
     except (NoSuchKernel, ValueError) as error:
-        installed = ", ".join(sorted(manager.find_kernel_specs())) or "none (pip install ipykernel)"
+        found = manager.find_kernel_specs()
+        if name in found:
+            raise ConfigError(
+                f"kernel_name={name!r} needs a kernel provisioner that is not installed"
+            ) from error
+        installed = ", ".join(sorted(found)) or "none (pip install ipykernel)"
         raise ConfigError(f"kernel_name={name!r} is not installed; installed: {installed}") from error
     if spec.language.lower() != "python":
         raise ConfigError(f"kernel_name={name!r} runs {spec.language}; the helpers need an IPython kernel")
+    provisioner = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name", "local-provisioner")
+    if provisioner != "local-provisioner":
+        raise ConfigError(f"kernel_name={name!r} is started by {provisioner!r}; only local kernels work yet")
     return spec
 
 
@@ -131,6 +147,7 @@ class KernelProcess:
             ConfigError: no such kernelspec.
             KernelStartError: its command could not be run.
         """
+        check_platform()
         find_kernelspec(kernel_name)
         manager = AsyncKernelManager(
             kernel_name=kernel_name,

@@ -181,6 +181,12 @@ def test_a_kernel_for_another_language_is_refused(install_kernelspec: Callable[.
         asyncio.run(Kernel.start(setup(kernel_name="other")))
 
 
+def test_a_kernelspec_of_another_provisioner_is_refused(install_kernelspec: Callable[..., None]) -> None:
+    install_kernelspec("far", ["python"], metadata={"kernel_provisioner": {"provisioner_name": "yarn"}})
+    with pytest.raises(ConfigError, match="'far' needs a kernel provisioner that is not installed"):
+        asyncio.run(Kernel.start(setup(kernel_name="far")))
+
+
 def test_any_ipython_kernelspec_works(install_kernelspec: Callable[..., None]) -> None:
     argv = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     install_kernelspec("mine", argv, interrupt_mode="message", env={"FROM_SPEC": "yes"})
