@@ -79,6 +79,8 @@ class Running:
     """The request has ended, or was told to stop."""
     stop_reason: str | None = None
     is_stoppable: bool = True
+    is_cell: bool = False
+    """A cell of the policy: output that comes late from earlier ones shows here."""
     died: bool = False
     ended_at: float | None = None
 

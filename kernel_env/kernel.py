@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -142,7 +143,10 @@ class Kernel:
             },
             "options": options,
         }
-        execution = await self._execute_silently(_RUN_BOOT, request, is_setup=True)
+        running = self._begin("execute_request", _execute_content(_RUN_BOOT, silent=True), request)
+        running.is_stoppable = False
+        # A large context takes its time: this is part of the start, whatever a cell may take.
+        execution = await self._see_through(running, math.inf, setup.limits.kernel_start)
         if execution.report is None:
             raise KernelStartError(
                 f"kernel {setup.kernel_name!r} did not take the helpers: {execution.exception}\n"
@@ -170,11 +174,14 @@ class Kernel:
         outputs = Outputs(self._setup.limits.cell_output, on_output)
         with self._occupied():
             running = self._begin("execute_request", _execute_content(code, silent=False), outputs=outputs)
+            running.is_cell = True
             for late in self._late:
                 outputs.add(*late)
             self._late.clear()
-            execution = await self._see_through(running, active, total)
-            if execution.report is None and not execution.restarted and not execution.kernel_lost:
+            execution = await self._see_through(running, *self._bounds(active, total))
+            if running.died:
+                return await self._take_over(execution)
+            if execution.report is None:
                 return await self._repair(execution)
             return execution
 
@@ -192,7 +199,16 @@ class Kernel:
             )
         request = {"expression": expression, "convert": convert}
         with self._occupied():
-            return await self._execute_silently(_RUN_SEND_TEXT, request, active=active, total=total)
+            running = self._begin("execute_request", _execute_content(_RUN_SEND_TEXT, silent=True), request)
+            execution = await self._see_through(running, *self._bounds(active, total))
+            return await self._take_over(execution) if running.died else execution
+
+    def _bounds(self, active: float | None, total: float | None) -> tuple[float, float]:
+        limits = self._setup.limits
+        return (
+            limits.cell_active if active is None else active,
+            limits.cell_total if total is None else min(limits.cell_total, total),
+        )
 
     def stop(self, reason: str) -> bool:
         """End what the kernel does for its caller as if its time were up; False if it does nothing.
@@ -228,19 +244,6 @@ class Kernel:
     @property
     def _can_replace(self) -> bool:
         return self._restarts < self._setup.limits.restarts
-
-    async def _execute_silently(
-        self,
-        code: str,
-        metadata: dict[str, Any],
-        *,
-        active: float | None = None,
-        total: float | None = None,
-        is_setup: bool = False,
-    ) -> Execution:
-        running = self._begin("execute_request", _execute_content(code, silent=True), metadata)
-        running.is_stoppable = not is_setup
-        return await self._see_through(running, active, total, may_replace=not is_setup)
 
     def _begin(
         self,
@@ -280,7 +283,7 @@ class Kernel:
         parent, running = message["parent_header"], self._running
         if channel == "iopub" and kind != "status" and parent.get("session") == self._process.session.session:
             # A thread or a task of an earlier cell may still print: it shows with this cell, or the next.
-            if running is not None:
+            if running is not None and (running.is_cell or parent.get("msg_id") == running.id):
                 running.outputs.add(kind, content)
             elif len(self._late) < _LATE_MESSAGES:
                 self._late.append((kind, content))
@@ -294,18 +297,11 @@ class Kernel:
             running.is_idle = True
         running.check_end()
 
-    async def _see_through(
-        self, running: Running, active: float | None, total: float | None, *, may_replace: bool = True
-    ) -> Execution:
-        """Wait for the end of a request, or bring it about, and replace the kernel if it is gone."""
-        limits = self._setup.limits
+    async def _see_through(self, running: Running, active: float, total: float) -> Execution:
+        """Wait for the end of a request, or bring it about; `running.died` says whether the kernel did."""
         why, killed = None, False
         try:
-            why = await self._wait(
-                running,
-                limits.cell_active if active is None else active,
-                limits.cell_total if total is None else min(limits.cell_total, total),
-            )
+            why = await self._wait(running, active, total)
             if why is not None:
                 killed = await self._stop(running, why)
             if running.died:
@@ -318,17 +314,21 @@ class Kernel:
         execution = running.conclude(self._process.end, why, killed=killed)
         if execution.report is not None:
             self._names = execution.report.names
-        if not running.died or not may_replace:
-            return execution
-        lost = [name for name in self._names if name not in self._given]
-        if await self._replace():
-            note = f"A fresh kernel took over; lost variables: {', '.join(lost) or 'none'}."
-            return replace(
-                execution, notes=(*execution.notes, note), restarted=True, lost_variables=tuple(lost)
-            )
-        note = f"No kernel took over (Limits.restarts = {limits.restarts})."
+        return execution
+
+    async def _take_over(self, execution: Execution) -> Execution:
+        """Start a fresh kernel in place of the lost one, and say what went with it."""
+        lost = tuple(name for name in self._names if name not in self._given)
+        has_fresh = await self._replace()
+        note = f"A fresh kernel took over; lost variables: {', '.join(lost) or 'none'}."
+        if not has_fresh:
+            note = f"No kernel took over (Limits.restarts = {self._setup.limits.restarts})."
         return replace(
-            execution, notes=(*execution.notes, note), kernel_lost=True, lost_variables=tuple(lost)
+            execution,
+            notes=(*execution.notes, note),
+            restarted=has_fresh,
+            kernel_lost=not has_fresh,
+            lost_variables=lost,
         )
 
     async def _wait(self, running: Running, active: float, total: float) -> str | None:
@@ -380,7 +380,12 @@ class Kernel:
 
     async def _repair(self, execution: Execution) -> Execution:
         # The report is missing: the cell has taken our hooks out, or worse.
-        await self._install()
+        try:
+            await self._install()
+        except KernelError as error:
+            log.warning("the guest could not be installed again: %s", error)
+            note = "The environment's hooks were gone from the kernel and could not be installed again."
+            return await self._take_over(replace(execution, notes=(*execution.notes, note)))
         note = "The environment's hooks were gone from the kernel; they are installed again."
         return replace(execution, notes=(*execution.notes, note))
 

@@ -100,6 +100,15 @@ def test_late_output_goes_to_the_next_cell() -> None:
     run(body)
 
 
+def test_a_start_may_take_longer_than_a_cell() -> None:
+    async def body(kernel: Kernel) -> None:
+        execution = await kernel.text_of("len(context)", convert="str", active=10, total=10)
+        assert execution.answer == "30000000"
+
+    limits = Limits(cell_active=0.001, cell_total=10)
+    run(body, context=Context.of("é" * 30_000_000), limits=limits)
+
+
 def test_a_report_that_is_missing_brings_the_hooks_back() -> None:
     async def body(kernel: Kernel) -> None:
         code = "get_ipython().events.callbacks['post_run_cell'].clear()\nx = 1"
@@ -107,6 +116,18 @@ def test_a_report_that_is_missing_brings_the_hooks_back() -> None:
         assert "hooks were gone" in execution.notes[0]
         assert (await kernel.execute("y = 2")).report is not None
         assert {"x", "y"} <= set(kernel.names)
+
+    run(body)
+
+
+def test_a_kernel_whose_hooks_cannot_be_brought_back_is_replaced() -> None:
+    async def body(kernel: Kernel) -> None:
+        code = "get_ipython().events.callbacks['post_run_cell'].clear()\nimport sys\n"
+        code += "del sys.modules['_kernel_env_helpers'].install\nx = 1"
+        execution = await kernel.execute(code)
+        assert (execution.status, execution.restarted) == ("ok", True)
+        assert "could not be installed again" in execution.notes[0]
+        assert (await kernel.execute("x")).exception == "NameError: name 'x' is not defined"
 
     run(body)
 
