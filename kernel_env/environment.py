@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from kernel_env import portal
@@ -114,13 +115,8 @@ class REPLEnvironment:
         **kwargs: Any,
     ) -> REPLObservation:
         """See `reset_async`."""
-
-        async def reset() -> REPLObservation:
-            return await self.reset_async(
-                seed, episode_id, context, task_prompt, hf_token, llm_model, **kwargs
-            )
-
-        return self._run(reset)
+        arguments = (seed, episode_id, context, task_prompt, hf_token, llm_model)
+        return self._run(partial(self.reset_async, *arguments, **kwargs))
 
     def step(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation:
         """See `step_async`. Ctrl-C interrupts the cell, records the turn, then goes on."""
