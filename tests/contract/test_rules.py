@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,6 +306,20 @@ def test_get_variable_is_no_step(make: MakeFacade) -> None:
     assert missing.result.exception == "NameError: name 'missing' is not defined"
     assert len(env.episode.turns) == 1
     assert env.execute("2").result.stdout.startswith("2\nMaximum")
+
+
+def test_a_slow_reader_loses_nothing(make: MakeFacade, tmp_path: Path) -> None:
+    sent = tmp_path / "sent"
+
+    def block_the_loop(output: Any) -> None:
+        while not sent.exists():  # until the kernel is through, far beyond what zmq queues by default
+            time.sleep(0.01)
+
+    env = make(on_output=block_the_loop)
+    env.reset()
+    code = "from IPython.display import display\nfor n in range(5000): display(n)\n"
+    observation = env.execute(f"{code}open({str(sent)!r}, 'w').close()")
+    assert [output["data"]["text/plain"] for output in observation.outputs] == [str(n) for n in range(5000)]
 
 
 def test_turns_and_outputs_are_called_back(make: MakeFacade) -> None:
