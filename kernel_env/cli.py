@@ -120,9 +120,9 @@ def run(
                     if env.execute(cell, timeout_s=timeout).done:
                         break
         finally:
-            if has_begun:
+            if has_begun:  # whatever ended it, Ctrl-C too
                 env.export(out)
-        view.end(env.episode, out, len(job.cells))
+                view.end(env.episode, out, len(job.cells))
     except KernelEnvError as error:
         Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None

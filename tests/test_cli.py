@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,24 @@ def test_the_context_can_come_from_stdin_byte_by_byte(tmp_path: Path) -> None:
     assert "'a\\r\\nbé'" in shown
     assert "Task: See." in shown
     assert "No answer was submitted (closed)." in shown
+
+
+def test_ctrl_c_keeps_the_turns_there_were(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("# %%\nx = 1\n# %%\nprint('running', flush=True)\nwhile True: pass")
+    command = [*KERNEL_ENV, "run", "--script", "s.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        shown = b""
+        for line in process.stdout:
+            shown += line
+            if line.startswith(b"running"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert b"the caller interrupted it" in shown
+    assert b"Notebook: episode.ipynb" in shown
+    assert b"most recent call last):\n  File" not in shown
+    notebook = nbformat.read(tmp_path / "episode.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2]
 
 
 def test_the_iteration_limit_ends_the_run(tmp_path: Path) -> None:
