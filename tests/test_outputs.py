@@ -89,7 +89,7 @@ def test_results_stand_on_lines_of_their_own() -> None:
 def test_tracebacks_lose_colours_and_folders() -> None:
     lines = [
         "\x1b[31mFile \x1b[39m\x1b[32m/opt/python/lib/python3.11/json/decoder.py:337\x1b[39m, in decode",
-        "File ~/work/module.py:3, in f",
+        "File ~/src/module.py:3, in f",
         'File "/usr/lib/python3/dist-packages/six.py", line 3',
         "ValueError: /not/a/file.py",
     ]
