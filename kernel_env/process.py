@@ -169,13 +169,19 @@ class KernelProcess:
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=write_end,
             )
-        except OSError as error:
+            return cls(manager, folder, read_end, on_message, on_exit)
+        except BaseException as error:
+            # jupyter_client sleeps a little after the process is there: a cancellation can strike just then.
+            if manager.has_kernel:
+                await manager.shutdown_kernel(now=True)
             os.close(read_end)
-            manager.ready.exception()
+            if not isinstance(error, OSError):
+                raise
+            if manager.ready.done():
+                manager.ready.exception()  # read, or asyncio complains that nobody did
             raise KernelStartError(f"kernel {kernel_name!r} could not be launched: {error}") from error
         finally:
             os.close(write_end)
-        return cls(manager, folder, read_end, on_message, on_exit)
 
     def _connect(self, channel: str, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = _shared_context().socket(kind)
@@ -216,11 +222,10 @@ class KernelProcess:
     def _receive(self, channel: str, frames: list[bytes]) -> None:
         self._received += 1
         try:
-            message = self._decode(frames)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            self._on_message(channel, self._decode(frames))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            # Passed on, it would leave the messages behind it unread until the next one comes.
             log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
-            return
-        self._on_message(channel, message)
 
     def _decode(self, frames: list[bytes]) -> dict[str, Any]:
         # `Session.deserialize` also makes datetimes of every date, which nobody here reads: half its time.
@@ -260,7 +265,10 @@ class KernelProcess:
         code = self._popen.returncode
         if code is None:
             return "is running"
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code >= 0:
+            return f"exited with code {code}"
+        named = -code in signal.Signals.__members__.values()
+        return f"was killed by {signal.Signals(-code).name if named else f'signal {-code}'}"
 
     async def interrupt(self) -> None:
         """Interrupt what runs, the way the kernelspec asks for."""

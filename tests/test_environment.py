@@ -123,6 +123,22 @@ def test_cancelling_again_and_again_changes_nothing() -> None:
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.01, 0.015, 0.03, 0.1, 0.3])
+def test_a_reset_cancelled_at_any_moment_leaves_nothing(temporary_folder: Path, seconds: float) -> None:
+    async def body() -> None:
+        env = REPLEnvironment()
+        resetting = asyncio.create_task(env.reset_async())
+        await asyncio.wait({resetting}, timeout=seconds)
+        resetting.cancel()
+        await asyncio.wait({resetting})
+        await env.close_async()
+
+    asyncio.run(body())
+    assert not list(temporary_folder.glob("ke-*"))
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if "ipykernel" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
 def test_a_cancelled_close_still_closes(temporary_folder: Path) -> None:
     async def body() -> None:
         env = REPLEnvironment()

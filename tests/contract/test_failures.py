@@ -60,6 +60,7 @@ def test_a_cell_that_ignores_the_interrupt_costs_the_kernel_not_the_episode(make
         ("import os; os._exit(3)", "exited with code 3"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
         ("import ctypes; ctypes.string_at(0)", "was killed by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "was killed by signal 40"),
     ],
 )
 def test_a_cell_that_ends_its_kernel_is_an_observation(make: MakeFacade, code: str, end: str) -> None:
