@@ -187,10 +187,10 @@ class Bridge:
             raise HelperError("refused: there is no such helper")
         args, kwargs = _bind(name, helper.signature, arguments)
         task = asyncio.current_task()
+        assert task is not None
         started, clock = time.time(), time.monotonic()
         result, error = None, None
-        if task is not None:
-            cell.enter(task)
+        cell.enter(task)
         try:
             result = await helper.function(*args, **kwargs)
             reply = _encode_result(name, result)
@@ -201,8 +201,7 @@ class Bridge:
             error = str(failure)
             raise
         finally:
-            if task is not None:
-                cell.leave(task)
+            cell.leave(task)
             cell.calls.append(
                 HelperCall(
                     name=name,
@@ -247,7 +246,7 @@ class Bridge:
             reply = _encode({"error": str(error)})
         except asyncio.CancelledError:
             reply = _encode({"error": "the call was cancelled: its cell was stopped"})
-        except Exception:
+        except Exception:  # a fault of ours: without a reply the cell would wait for ever
             log.exception("a helper request could not be served")
             reply = _encode({"error": "the host could not serve the call"})
         connection.reply(reply, fd)

@@ -194,6 +194,8 @@ class _View:
             text = "\n".join(output["traceback"]) + "\n"
         else:
             text = stdout_text([output]) or stderr_text([output])
+        if not text:
+            return
         if not self._at_line_start and output["output_type"] != "stream":
             text = "\n" + text
         self._at_line_start = text.endswith("\n")

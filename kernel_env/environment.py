@@ -200,17 +200,12 @@ class REPLEnvironment:
             KernelStartError: no kernel became ready; there is no episode.
         """
         self._check_process()
-        for name, value in (
-            ("hf_token", hf_token),
-            ("llm_model", llm_model),
-            ("rlm_max_depth", rlm_max_depth),
-        ):
-            if value is not None:
-                raise ConfigError(
-                    f"reset({name}=…): this version has no model client or runner; give llm_query_fn"
-                )
-        if rlm_max_iterations is not None:
-            raise ConfigError("reset(rlm_max_iterations=…): this version has no runner; give subcall_fn")
+        _refuse_what_is_not_there(
+            hf_token=hf_token,
+            llm_model=llm_model,
+            rlm_max_depth=rlm_max_depth,
+            rlm_max_iterations=rlm_max_iterations,
+        )
         if seed is not None:
             check_count("seed", seed, least=0)
             if seed >= 2**64:
@@ -263,8 +258,8 @@ class REPLEnvironment:
         """
         rollout = self._enter()
         _check_timeout(timeout_s)
-        if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
-            raise ConfigError(f"get_variable({name!a}): give a name or an expression")
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"get_variable({name!r}): give a name or an expression")
         return await rollout.variable(name.strip(), timeout_s)
 
     async def close_async(self) -> None:
@@ -324,6 +319,15 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
+def _refuse_what_is_not_there(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"reset({name}=…): this version has no model client and no runner; "
+                "give the environment llm_query_fn or subcall_fn"
+            )
+
+
 def _check_action(action: object) -> None:
     if not isinstance(action, REPLAction):
         raise UsageError(
@@ -338,11 +342,3 @@ def _check_action(action: object) -> None:
 def _check_timeout(timeout_s: float | None) -> None:
     if timeout_s is not None:
         check_seconds("timeout_s", timeout_s)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -197,6 +197,8 @@ class Kernel:
             raise KernelDied(
                 "the kernel is gone and Limits.restarts is used up; call reset() for a new episode"
             )
+        if (refused := refusal(expression)) is not None:
+            return refused
         request = {"expression": expression, "convert": convert}
         with self._occupied():
             running = self._begin("execute_request", _execute_content(_RUN_SEND_TEXT, silent=True), request)

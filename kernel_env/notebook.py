@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,13 @@ def write_notebook(episode: Episode, path: str | Path) -> Path:
     # The escapes of lone surrogates, which UTF-8 does not have, are what JSON calls them too.
     text = json.dumps(to_notebook(episode), ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
     data = (text + "\n").encode("utf-8", "backslashreplace")
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
+    written = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with open(written, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(written, target)
+    finally:
+        written.unlink(missing_ok=True)
     return target
 
 
@@ -134,12 +132,6 @@ def check_target(path: str | Path) -> Path:
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise ConfigError(f"cannot export to {str(target)!r}: it is a folder, or its folder is not writable")
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def read_cells(path: str | Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import math
@@ -81,7 +82,7 @@ class Rollout:
             max_iterations=max_iterations,
             seed=seed,
             limits={name: value if value < math.inf else None for name, value in asdict(limits).items()},
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=_versions(),
             started=time.time(),
         )
         clock = time.monotonic()
@@ -323,6 +324,12 @@ class Rollout:
             lost_variables=list(execution.lost_variables) if execution else [],
             outputs=execution.outputs if execution else [],
         )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    # Each look-up searches the whole path for the package: not at every reset.
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
 def _turn_of(action: REPLAction, observation: REPLObservation, execution: Execution | None) -> Turn:

@@ -117,7 +117,7 @@ class Channel:
             connection.sendall(frame)
             head, fds, _, _ = socket.recv_fds(connection, FIRST_READ, 1)
             reply = json.loads(_receive_frame(connection, head).decode())
-        except BaseException:
+        except BaseException:  # as in `exchange`
             self._close()
             raise
         return _result(reply), fds[0]

@@ -446,7 +446,10 @@ def test_bad_steps_are_refused_before_they_count(make: MakeFacade) -> None:
     with pytest.raises(UsageError, match="metadata is no JSON value"):
         env.step(REPLAction(code="1", metadata={"a": {1}}))
     with pytest.raises(ConfigError, match="get_variable"):
-        env.variable("'\ud800'")
+        env.variable(" ")
+    exception = env.variable("'\ud800'").result.exception
+    assert exception is not None
+    assert exception.startswith("SyntaxError: the code has '\\ud800' at character 1")
     assert env.state().iteration == 0
 
 
