@@ -6,6 +6,7 @@ the first frame of a connection holds the kernel's token. Then, one at a time fo
     {"op": "call", "cell": id, "name": …, "arguments": {…}}  →  {"ok": value, "failed": [index…]}
     {"op": "submit", "cell": id, "text": …}                  →  {"ok": null}
     {"op": "context", "start": n}                            →  {"ok": {…}} with a memfd
+    {"op": "broken", "cell": id, "text": …}                  →  {"ok": null}: no reply can come any more
 
 or `{"error": text}`. `cell` is the id of the execute request that the call belongs to; a call of any
 other cell than the one that runs is refused. Nothing that comes in is trusted.
@@ -42,6 +43,13 @@ _CONTEXT_PIECE = 2**24
 _ENCODED_AT_ONCE = 2**18  # small enough for memory that is there already: 0.24 s for 1 GB instead of 1.4
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _to_json = json.JSONEncoder(allow_nan=False).encode
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 class HelperFailure(str):
@@ -101,6 +109,8 @@ class Cell:
     calls: list[HelperCall] = field(default_factory=list)
     refusal: str | None = None
     """Why no further call is served; None while calls are."""
+    on_broken: Callable[[str], None] | None = None
+    """Called when the kernel says why it cannot reply to this request."""
     in_flight: set[asyncio.Task[None]] = field(default_factory=set)
     _waited: float = 0.0
     _waiting_since: float = 0.0
@@ -138,6 +148,10 @@ class Bridge:
         self._limits = limits
         self._cell: Cell | None = None
         self.connections: set[_Connection] = set()
+        self.buffered = 0
+        """Bytes of frames that have not come in whole."""
+        self.refused = 0
+        """Connections, frames and requests that were turned away: never the doing of the guest's own code."""
         self._server: asyncio.Server | None = None
         self._memfd: int | None = None
 
@@ -173,6 +187,7 @@ class Bridge:
         """
         cell = self._cell
         if cell is None or request.get("cell") != cell.id:
+            self.refused += 1
             raise HelperError("refused: its cell has ended, or it was started by no cell of this episode")
         return cell
 
@@ -227,6 +242,12 @@ class Bridge:
             )
         cell.answer = text
 
+    def take_broken(self, request: dict[str, Any]) -> None:
+        """Pass on that the kernel cannot reply."""
+        cell, text = self.cell_of(request), request.get("text")
+        if cell.on_broken is not None:
+            cell.on_broken(text[:500] if isinstance(text, str) else "it does not say why")
+
     async def serve(self, request: dict[str, Any], connection: _Connection) -> None:
         """Serve one request of an authenticated connection."""
         fd = None
@@ -237,10 +258,14 @@ class Bridge:
                 case "submit":
                     self.submit(request)
                     reply = _encode({"ok": None})
+                case "broken":
+                    self.take_broken(request)
+                    reply = _encode({"ok": None})
                 case "context":
                     fd, description = self.context_piece(request)
                     reply = _encode({"ok": description})
                 case _:
+                    self.refused += 1
                     raise HelperError("refused: unknown request")
         except HelperError as error:
             reply = _encode({"error": str(error)})
@@ -259,6 +284,7 @@ class Bridge:
         """
         start, text = request.get("start"), self._context.text
         if not isinstance(start, int) or not 0 <= start <= len(text):
+            self.refused += 1
             raise HelperError("refused: the context has no such place")
         if self._memfd is None:
             self._memfd = os.memfd_create("context", os.MFD_CLOEXEC)
@@ -275,6 +301,11 @@ class Bridge:
         if self._memfd is not None:
             os.close(self._memfd)
         self._memfd = None
+
+    @property
+    def most_connections(self) -> int:
+        # Every thread keeps one, and one more is the kernel's own; the host's file descriptors are not only ours.
+        return 4 * self._limits.helper_concurrency + 1
 
     @property
     def frame_bytes(self) -> int:
@@ -298,32 +329,52 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if len(self._bridge.connections) >= self._bridge.most_connections:
+            self._bridge.refused += 1
+            most = self._bridge.most_connections
+            self.reply(_encode({"error": f"refused: more than {most} threads hold a connection"}), None)
+            transport.close()
+            return
         self._bridge.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._bridge.connections.discard(self)
+        self._bridge.buffered -= len(self._buffer)
+        self._buffer.clear()
         if self._task is not None:
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            return
+        before = len(self._buffer)
         self._buffer += data
+        fault = self._take_frames()
+        self._bridge.buffered += len(self._buffer) - before
+        if fault is None and self._bridge.buffered > 2 * self._bridge.largest_frame:
+            fault = f"{self._bridge.buffered} bytes of unfinished frames"
+        if fault is not None:
+            self._bridge.refused += 1
+            log.warning("helper channel: %s; the connection is dropped", fault)
+            self.abort()
+
+    def _take_frames(self) -> str | None:
+        """Serve the frames that are there; returns what is wrong with one."""
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)
             if size > (self._bridge.largest_frame if self._authenticated else _HELLO_BYTES):
-                log.warning("a frame of %d bytes on a helper channel: connection dropped", size)
-                return self.abort()
+                return f"a frame of {size} bytes"
             if len(self._buffer) < _LENGTH.size + size:
                 return None
             frame = self._buffer[_LENGTH.size : _LENGTH.size + size]
             del self._buffer[: _LENGTH.size + size]
             if not self._take(frame):
-                log.warning("a malformed or unauthenticated frame on a helper channel: connection dropped")
-                return self.abort()
+                return "a malformed or unauthenticated frame"
         return None
 
     def _take(self, frame: bytearray) -> bool:
         try:
-            message = json.loads(frame.decode())
+            message = _from_json(frame.decode())
         except (ValueError, RecursionError):
             return False
         if not isinstance(message, dict):

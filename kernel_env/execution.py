@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -21,6 +21,7 @@ __all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
 
 log = logging.getLogger("kernel_env.execution")
 
+_UNHEARD = 1.0
 _NO_SOURCE = re.compile("[\\0\ud800-\udfff]")
 
 PAYLOAD = "kernel_env"
@@ -30,8 +31,8 @@ PAYLOAD = "kernel_env"
 class Report(BaseModel):
     """What the guest says of the namespace after a cell."""
 
-    names: list[str] = Field(max_length=10_000)
-    changed: dict[str, str] = Field(max_length=1_000)
+    names: list[Annotated[str, Field(max_length=1_000)]] = Field(max_length=10_000)
+    changed: dict[str, Annotated[str, Field(max_length=1_000)]] = Field(max_length=1_000)
     restored: list[str] = Field(max_length=1_000)
     notes: list[str] = Field(max_length=100)
 
@@ -81,14 +82,36 @@ class Running:
     is_stoppable: bool = True
     is_cell: bool = False
     """A cell of the policy: output that comes late from earlier ones shows here."""
+    is_behind_others: bool = False
+    """The kernel works for another client, as far as it says."""
+    fault: str | None = None
+    """Why the kernel, though it lives, cannot end this request."""
     died: bool = False
     ended_at: float | None = None
 
     @property
     def active_time(self) -> float:
-        if self.busy_since is None:
+        since = self.busy_since
+        if since is None and not self.is_behind_others:
+            # Code that holds the GIL from the start keeps even `busy` from going out.
+            since = self.sent + _UNHEARD
+        if since is None:
             return 0.0
-        return max((self.ended_at or time.monotonic()) - self.busy_since - self.cell.waited, 0.0)
+        return max((self.ended_at or time.monotonic()) - since - self.cell.waited, 0.0)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Not run, because a cell of another client failed before it."""
+        return self.reply is not None and self.reply.get("status") == "aborted"
+
+    @property
+    def is_half_ended(self) -> bool:
+        """The reply or `idle` is in, but not both, which come within milliseconds of each other."""
+        return self.ended_at is None and (self.is_idle or self.reply is not None)
+
+    def break_down(self, fault: str) -> None:
+        self.fault = self.fault or fault
+        self.changed.set()
 
     def stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason
@@ -133,16 +156,19 @@ class Running:
             status, kind = ("error", "KeyboardInterrupt") if told_to else ("timeout", "TimeoutError")
             exception = f"{kind}: the cell was stopped because {why}"
             kept = (
-                "it ignored the interrupt and its kernel was killed" if killed else "its variables are kept"
+                "it ignored the interrupt and its kernel was killed"
+                if killed
+                else "it was interrupted and its variables are kept"
             )
             notes.append(f"The cell was stopped because {why}; {kept}.")
         if self.died and not killed:
-            status, exception = "died", f"KernelDied: the kernel {process_end}"
-            notes.append(f"The kernel {process_end}.")
+            end = process_end if self.fault is None else f"could not go on and was killed: {self.fault}"
+            status, exception = "died", f"KernelDied: the kernel {end}"
+            notes.append(f"The kernel {end}.")
         count = reply.get("execution_count")
         return Execution(
             status=status,
-            outputs=self.outputs.finish(),
+            outputs=self.outputs.finish(kernel_died=self.died),
             execution_count=count if isinstance(count, int) else None,
             exception=exception,
             notes=tuple(notes),

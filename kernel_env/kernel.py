@@ -12,25 +12,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kernel_env.bridge import Bridge, Helper, describe
+from kernel_env.bridge import Bridge, Helper
 from kernel_env.config import Limits
 from kernel_env.episode import Context
 from kernel_env.errors import KernelDied, KernelError, KernelStartError
 from kernel_env.execution import PAYLOAD, Execution, Report, Running, refusal
+from kernel_env.folder import KernelFolder, sweep
+from kernel_env.install import RUN_BOOT, install_request
 from kernel_env.outputs import Output, Outputs, plain_traceback
-from kernel_env.process import KernelProcess, make_folder, remove_folder
+from kernel_env.portal import run_in_thread
+from kernel_env.process import KernelProcess
 
 __all__ = ["Kernel", "KernelSetup"]
 
 log = logging.getLogger("kernel_env.kernel")
 
-_GUEST = Path(__file__).parent / "guest"
 _LATE_MESSAGES = 1000
-# Expressions, so that they leave no name behind; what they work on comes in the request's metadata.
-_RUN_BOOT = (
-    "(lambda shell, request: exec(request['boot'], {'shell': shell, 'request': request}))"
-    "(get_ipython(), get_ipython().kernel.get_parent()['metadata']['kernel_env'])"
-)
+_MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
+_OTHERS = 100
+_HALF_ENDED = 5.0  # seconds without a message before a request that has only half ended is given up
+# An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
     "__import__('_kernel_env_helpers').send_text_of("
     "**get_ipython().kernel.get_parent()['metadata']['kernel_env'])"
@@ -58,6 +59,7 @@ class Kernel:
         self._is_subscribed = asyncio.Event()
         self._restarts = 0
         self._is_occupied = False
+        self._others: set[str] = set()  # requests of other clients that the kernel works on
         self._given: frozenset[str] = frozenset()
         self._names: list[str] = []
 
@@ -75,17 +77,20 @@ class Kernel:
 
     async def _start(self) -> None:
         setup, limits = self._setup, self._setup.limits
-        folder = make_folder()
-        self._bridge = Bridge(folder / "h", setup.helpers, setup.context, limits)
+        await run_in_thread(sweep)
+        folder = KernelFolder.make()
+        self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, limits)
         self._is_subscribed.clear()
+        self._others.clear()
         try:
             await self._bridge.open()
+            message_bytes = 8 * limits.cell_output + _MESSAGE_BYTES
             self._process = await KernelProcess.launch(
-                setup.kernel_name, folder, self._on_message, self._on_exit
+                setup.kernel_name, folder, message_bytes, self._on_message, self._on_exit
             )
         except BaseException:
             self._bridge.close()
-            remove_folder(folder)
+            folder.remove()
             raise
         try:
             async with asyncio.timeout(limits.kernel_start):
@@ -126,24 +131,15 @@ class Kernel:
 
     async def _install(self) -> Report:
         setup = self._setup
-        options = {
-            "socket": str(self._bridge.path),
-            "token": self._bridge.token,
-            "session": self._process.session.session,
-            "frame_bytes": setup.limits.helper_frame_bytes,
-            "answer_bytes": setup.limits.answer_bytes,
-            "seed": setup.seed,
-            "helpers": [describe(name, helper) for name, helper in setup.helpers.items()],
-        }
-        request = {
-            "boot": (_GUEST / "boot.py").read_text("utf-8"),
-            "sources": {
-                "_kernel_env_bridge": (_GUEST / "bridge.py").read_text("utf-8"),
-                "_kernel_env_helpers": (_GUEST / "helpers.py").read_text("utf-8"),
-            },
-            "options": options,
-        }
-        running = self._begin("execute_request", _execute_content(_RUN_BOOT, silent=True), request)
+        request = install_request(
+            self._bridge,
+            self._process.folder.path / "guest",
+            self._process.session.session,
+            dict(setup.helpers),
+            setup.limits,
+            setup.seed,
+        )
+        running = self._begin("execute_request", _execute_content(RUN_BOOT, silent=True), request)
         running.is_stoppable = False
         # A large context takes its time: this is part of the start, whatever a cell may take.
         execution = await self._see_through(running, math.inf, setup.limits.kernel_start)
@@ -172,13 +168,18 @@ class Kernel:
         if (refused := refusal(code)) is not None:
             return refused
         outputs = Outputs(self._setup.limits.cell_output, on_output)
+        sent = time.monotonic()
         with self._occupied():
-            running = self._begin("execute_request", _execute_content(code, silent=False), outputs=outputs)
-            running.is_cell = True
-            for late in self._late:
-                outputs.add(*late)
-            self._late.clear()
-            execution = await self._see_through(running, *self._bounds(active, total))
+            while True:
+                content = _execute_content(code, silent=False)
+                running = self._begin("execute_request", content, outputs=outputs)
+                running.is_cell, running.sent = True, sent
+                for late in self._late:
+                    outputs.add(*late)
+                self._late.clear()
+                execution = await self._see_through(running, *self._bounds(active, total))
+                if not running.is_aborted or execution.status != "error":
+                    break
             if running.died:
                 return await self._take_over(execution)
             if execution.report is None:
@@ -261,6 +262,8 @@ class Kernel:
             outputs=outputs or Outputs(self._setup.limits.cell_output),
             cell=self._bridge.begin(identifier),
         )
+        running.cell.on_broken = running.break_down
+        running.is_behind_others = bool(self._others)
         self._running = running
         if self._process.exited.is_set():
             running.die()
@@ -283,6 +286,8 @@ class Kernel:
             self._is_subscribed.set()
             return
         parent, running = message["parent_header"], self._running
+        if kind == "status" and parent.get("session") != self._process.session.session:
+            self._note_others(parent.get("msg_id"), content.get("execution_state"))
         if channel == "iopub" and kind != "status" and parent.get("session") == self._process.session.session:
             # A thread or a task of an earlier cell may still print: it shows with this cell, or the next.
             if running is not None and (running.is_cell or parent.get("msg_id") == running.id):
@@ -299,12 +304,24 @@ class Kernel:
             running.is_idle = True
         running.check_end()
 
+    def _note_others(self, request: object, state: object) -> None:
+        if state == "busy" and isinstance(request, str) and len(self._others) < _OTHERS:
+            self._others.add(request)
+        elif state == "idle":
+            self._others.discard(str(request))
+        if self._running is not None:
+            self._running.is_behind_others = bool(self._others)
+
     async def _see_through(self, running: Running, active: float, total: float) -> Execution:
         """Wait for the end of a request, or bring it about; `running.died` says whether the kernel did."""
         why, killed = None, False
+        broken = self._process.broken + self._bridge.refused
         try:
             why = await self._wait(running, active, total)
-            if why is not None:
+            if running.fault is not None:
+                await self._process.settle()
+                await self._process.terminate()
+            elif why is not None:
                 killed = await self._stop(running, why)
             if running.died:
                 await self._process.settle()
@@ -314,6 +331,9 @@ class Kernel:
         finally:
             self._finish(running)
         execution = running.conclude(self._process.end, why, killed=killed)
+        if broken := self._process.broken + self._bridge.refused - broken:
+            note = f"{broken} malformed or unauthorised messages from the kernel were not taken."
+            execution = replace(execution, notes=(*execution.notes, note))
         if execution.report is not None:
             self._names = execution.report.names
         return execution
@@ -334,20 +354,28 @@ class Kernel:
         )
 
     async def _wait(self, running: Running, active: float, total: float) -> str | None:
-        """Wait until the request has ended (None), or must be ended (why)."""
+        """Wait until the request has ended or broken down (None), or must be ended (why)."""
+        seen, seen_at = self._process.received, time.monotonic()
         while True:
-            if running.ended_at is not None:
+            now = time.monotonic()
+            if running.ended_at is not None or running.fault is not None:
                 return None
             if running.stop_reason is not None:
                 return running.stop_reason
             left_active = active - running.active_time
-            left_total = total - (time.monotonic() - running.sent)
+            left_total = total - (now - running.sent)
             if left_total <= 0:
                 return f"it took more than {total:g} s in all"
             if left_active <= 0:
                 return f"it was active for more than {active:g} s"
-            # While a helper call is in flight the active time stands still: look again, but not in a spin.
-            pause = max(left_active, 0.05) if running.cell.in_flight else left_active
+            if seen != self._process.received or not running.is_half_ended:
+                seen, seen_at = self._process.received, now
+            elif now - seen_at > _HALF_ENDED:
+                running.fault = "its reply did not come" if running.is_idle else "its output channel is gone"
+                return None
+            # Some of this stands still or starts late: look again, but not in a spin.
+            watched = running.cell.in_flight or running.busy_since is None or running.is_half_ended
+            pause = min(max(left_active, 0.05), 1.0) if watched else left_active
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(pause, left_total)):
                     await running.changed.wait()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "Output",
     "Outputs",
     "clip",
+    "half",
     "plain_traceback",
     "stderr_text",
     "stdout_text",
@@ -23,6 +25,7 @@ Output = dict[str, Any]
 """One entry of a code cell's `outputs` (nbformat 4.5)."""
 
 _LARGEST_PIECE = 2**16
+_OVERHEAD = 64  # of an output that is no text: any number of empty ones would be "within the limit"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LIBRARY_PATH = re.compile(
     r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
@@ -49,6 +52,14 @@ def _marker(total: int) -> str:
     return f"\n... (truncated, total {total} chars) ...\n"
 
 
+@dataclass(slots=True)
+class _Piece:
+    output: Output
+    size: int
+    display_id: str | None = None
+    in_tail: bool = False
+
+
 class Outputs:
     """The outputs of one cell, in order of arrival, in bounded memory.
 
@@ -56,18 +67,20 @@ class Outputs:
     """
 
     def __init__(self, limit: int, on_output: Callable[[Output], None] | None = None) -> None:
-        self._half = max(limit // 2, 1)
+        self._half = half(limit)
         self._piece = max(min(limit // 16, _LARGEST_PIECE), 1)
         self._on_output = on_output
-        self._displays: dict[str, list[Output]] = {}
         self._clear_before_next = False
         self._clear()
 
     def _clear(self) -> None:
-        self._head: list[Output] = []
-        self._tail: deque[Output] = deque()
-        self._head_size = self._tail_size = 0
+        self._head: list[_Piece] = []
+        self._tail: deque[_Piece] = deque()
+        self._sizes = [0, 0]  # of head and tail
+        self._is_head_full = False
+        self._displays: dict[str, list[_Piece]] = {}
         self._totals: Counter[str] = Counter()
+        self._gaps: set[str] = set()
         self.dropped: Counter[str] = Counter()
         """Stream → characters that are no longer here; a result counts as stdout."""
 
@@ -81,59 +94,105 @@ class Outputs:
             self._update(content)
         elif (output := _output_of(message_type, content, self._half)) is not None:
             self._apply_clear()
-            display_id = (content.get("transient") or {}).get("display_id")
-            if display_id is not None:
-                self._displays.setdefault(display_id, []).append(output)
+            missing = content.get("dropped")  # the guest has left it out already
+            if isinstance(missing, int) and missing > 0:
+                self._take_missing(output, missing)
+                if output["output_type"] == "stream":
+                    return
+            display_id = _display_id(content)
             for piece in _pieces(output, self._piece):
-                self._keep(piece)
+                self._keep(_Piece(piece, _size(piece), display_id))
             if self._on_output is not None:
                 self._on_output(output)
 
-    def finish(self) -> list[Output]:
+    def finish(self, *, kernel_died: bool = False) -> list[Output]:
         """The outputs so far, neighbouring pieces of one stream joined."""
-        middle = [
-            {"output_type": "stream", "name": name, "text": _marker(self._totals[name])}
-            for name in sorted(self.dropped)
-        ]
-        return _joined([*self._head, *middle, *self._tail])
+        middle = [_stream(name, _marker(self._totals[name])) for name in sorted(self._gaps)]
+        lost = []
+        if kernel_died:
+            # The guest sends the first half at once and the rest at the end of the cell.
+            held = [name for name, total in self._totals.items() if total == self._half]
+            self.dropped.update(dict.fromkeys(held, 1))
+            lost = [_stream(name, "\n... (truncated, the rest went with the kernel) ...\n") for name in held]
+        return _joined([*_outputs(self._head), *middle, *_outputs(self._tail), *lost])
 
     def _apply_clear(self) -> None:
         if self._clear_before_next:
             self._clear_before_next = False
             self._clear()
-            self._displays.clear()
+
+    def _take_missing(self, output: Output, count: int) -> None:
+        name = _stream_of(output)
+        self.dropped[name] += count
+        if output["output_type"] == "stream":  # elsewhere the marker stands in the text itself
+            self._totals[name] += count
+            self._gaps.add(name)
+            self._is_head_full = True
 
     def _update(self, content: dict[str, Any]) -> None:
-        display_id = (content.get("transient") or {}).get("display_id", "")
-        data = _bounded_data(content.get("data") or {}, self._half)
-        for output in self._displays.get(display_id, []):
-            output["data"], output["metadata"] = data, dict(content.get("metadata") or {})
+        for piece in self._displays.get(_display_id(content) or "", []):
+            room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
+            output = piece.output
+            output["data"] = _bounded_data(content.get("data") or {}, room)
+            output["metadata"] = _plain_metadata(content)
+            size = _size(output)
+            self._sizes[piece.in_tail] += size - piece.size
+            piece.size = size
 
-    def _keep(self, piece: Output) -> None:
-        size = _size(piece)
-        self._totals[_stream_of(piece)] += size
-        if not self._tail and self._head_size + size <= self._half:
+    def _keep(self, piece: _Piece) -> None:
+        self._totals[_stream_of(piece.output)] += piece.size
+        if piece.display_id is not None:
+            self._displays.setdefault(piece.display_id, []).append(piece)
+        if not self._is_head_full and self._sizes[0] + piece.size <= self._half:
             self._head.append(piece)
-            self._head_size += size
+            self._sizes[0] += piece.size
             return
+        self._is_head_full = piece.in_tail = True
         self._tail.append(piece)
-        self._tail_size += size
-        while self._tail_size > self._half and len(self._tail) > 1:
-            gone = self._tail.popleft()
-            self._tail_size -= _size(gone)
-            self.dropped[_stream_of(gone)] += _size(gone)
+        self._sizes[1] += piece.size
+        while self._sizes[1] > self._half and len(self._tail) > 1:
+            self._drop(self._tail.popleft())
+
+    def _drop(self, piece: _Piece) -> None:
+        self._sizes[1] -= piece.size
+        self.dropped[_stream_of(piece.output)] += piece.size
+        self._gaps.add(_stream_of(piece.output))
+        if piece.display_id is not None:
+            self._displays[piece.display_id].remove(piece)
+
+
+def half(limit: int) -> int:
+    """Characters at the start, and as many at the end, that are kept of a cell's output."""
+    return max(limit // 2, 1)
+
+
+def _outputs(pieces: Iterable[_Piece]) -> Iterator[Output]:
+    return (piece.output for piece in pieces)
+
+
+def _stream(name: str, text: str) -> Output:
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def _display_id(content: dict[str, Any]) -> str | None:
+    identifier = (content.get("transient") or {}).get("display_id")
+    return identifier if isinstance(identifier, str) else None
+
+
+def _plain_metadata(content: dict[str, Any]) -> dict[str, Any]:
+    return dict(content.get("metadata") or {})
 
 
 def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output | None:
     match message_type:
         case "stream":
             name = "stderr" if content.get("name") == "stderr" else "stdout"
-            return {"output_type": "stream", "name": name, "text": str(content.get("text", ""))}
+            return _stream(name, str(content.get("text", "")))
         case "display_data" | "execute_result":
             output: Output = {
                 "output_type": message_type,
                 "data": _bounded_data(content.get("data") or {}, limit),
-                "metadata": dict(content.get("metadata") or {}),
+                "metadata": _plain_metadata(content),
             }
             if message_type == "execute_result":
                 output["execution_count"] = content.get("execution_count")
@@ -193,7 +252,8 @@ def _size(output: Output) -> int:
         case "error":
             return len(output["evalue"]) + sum(map(len, output["traceback"]))
         case _:
-            return sum(len(v) if isinstance(v, str) else len(repr(v)) for v in output["data"].values())
+            sizes = (len(v) if isinstance(v, str) else len(repr(v)) for v in output["data"].values())
+            return _OVERHEAD + sum(sizes)
 
 
 def _joined(outputs: Iterable[Output]) -> list[Output]:

@@ -8,11 +8,8 @@ import hmac
 import json
 import logging
 import os
-import shutil
 import signal
-import stat
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,25 +23,17 @@ from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import from_env
 from kernel_env.errors import ConfigError, KernelStartError
+from kernel_env.folder import KernelFolder
 from kernel_env.portal import run_in_thread
 
-__all__ = ["KernelProcess", "check_platform", "find_kernelspec", "make_folder", "remove_folder"]
+__all__ = ["KernelProcess", "check_platform", "find_kernelspec"]
 
 log = logging.getLogger("kernel_env.process")
 
 OnMessage = Callable[[str, dict[str, Any]], None]
 
-# The longest socket name under a folder is "/k-5"; a Unix socket's path has at most 107 bytes.
-_LONGEST_FOLDER = 107 - len("/k-5")
 _STDERR_TAIL = 8192
 _DRAIN_AT_ONCE = 500
-
-_IPYTHON_CONFIG = {
-    # History goes to a database file: 2.6 ms of a step, and locks on network file systems.
-    "HistoryManager": {"enabled": False},
-    "InteractiveShellApp": {"exec_PYTHONSTARTUP": False},
-    "IPKernelApp": {"quiet": True},
-}
 
 _live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
 
@@ -81,20 +70,6 @@ def find_kernelspec(name: str) -> KernelSpec:
     return spec
 
 
-def make_folder() -> Path:
-    """Make a kernel's private folder (0700), short enough for its sockets' names."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) + len("/ke-xxxxxxxx") > _LONGEST_FOLDER:
-        parent = "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="ke-", dir=parent))
-    for name in ("work", "home", "tmp"):
-        (folder / name).mkdir()
-    profile = folder / "ipython" / "profile_default"
-    profile.mkdir(parents=True)
-    (profile / "ipython_kernel_config.json").write_text(json.dumps(_IPYTHON_CONFIG))
-    return folder
-
-
 class KernelProcess:
     """A kernel process from launch to death, with this host as its client.
 
@@ -105,8 +80,9 @@ class KernelProcess:
     def __init__(
         self,
         manager: AsyncKernelManager,
-        folder: Path,
+        folder: KernelFolder,
         stderr: int,
+        message_bytes: int,
         on_message: OnMessage,
         on_exit: Callable[[], None],
     ) -> None:
@@ -122,7 +98,11 @@ class KernelProcess:
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
-        self._received = 0
+        self.received = 0
+        """Messages that came in, broken ones included."""
+        self.broken = 0
+        """Messages that were none, or too large to be read."""
+        self._message_bytes = message_bytes
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
         self._pidfd = os.pidfd_open(self.pid)
@@ -139,9 +119,14 @@ class KernelProcess:
 
     @classmethod
     async def launch(
-        cls, kernel_name: str, folder: Path, on_message: OnMessage, on_exit: Callable[[], None]
+        cls,
+        kernel_name: str,
+        folder: KernelFolder,
+        message_bytes: int,
+        on_message: OnMessage,
+        on_exit: Callable[[], None],
     ) -> KernelProcess:
-        """Start the process; it is not ready yet.
+        """Start the process; it is not ready yet. A message of more than `message_bytes` is not read.
 
         Raises:
             ConfigError: no such kernelspec.
@@ -152,8 +137,8 @@ class KernelProcess:
         manager = AsyncKernelManager(
             kernel_name=kernel_name,
             transport="ipc",
-            ip=str(folder / "k"),
-            connection_file=str(folder / "connection.json"),
+            ip=str(folder.path / "k"),
+            connection_file=str(folder.path / "connection.json"),
             context=zmq.asyncio.Context(_shared_context()),
             # Not orjson even where it is installed: it refuses text with lone surrogates.
             session=Session(
@@ -164,12 +149,12 @@ class KernelProcess:
         os.set_blocking(read_end, False)
         try:
             await manager.start_kernel(
-                env=_environment(folder),
-                cwd=str(folder / "work"),
+                env=_environment(folder.path),
+                cwd=str(folder.path / "work"),
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=write_end,
             )
-            return cls(manager, folder, read_end, on_message, on_exit)
+            return cls(manager, folder, read_end, message_bytes, on_message, on_exit)
         except BaseException as error:
             # jupyter_client sleeps a little after the process is there: a cancellation can strike just then.
             if manager.has_kernel:
@@ -220,16 +205,19 @@ class KernelProcess:
                 self._loop.call_soon(self._drain)  # let other tasks run before the rest of a flood
 
     def _receive(self, channel: str, frames: list[bytes]) -> None:
-        self._received += 1
+        self.received += 1
         try:
             self._on_message(channel, self._decode(frames))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # Passed on, it would leave the messages behind it unread until the next one comes.
+            self.broken += 1
             log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
 
     def _decode(self, frames: list[bytes]) -> dict[str, Any]:
         # `Session.deserialize` also makes datetimes of every date, which nobody here reads: half its time.
         signature, *parts = frames[frames.index(DELIM) + 1 :]
+        if (size := sum(map(len, parts))) > self._message_bytes:
+            raise ValueError(f"it has {size} bytes")
         if not hmac.compare_digest(signature, self.session.sign(parts[:4])):
             raise ValueError("its signature is wrong")
         header, parent, _, content = (json.loads(part) for part in parts[:4])
@@ -278,8 +266,8 @@ class KernelProcess:
     async def settle(self, seconds: float = 0.05) -> None:
         """Read what a dead process has left in its sockets, until nothing came for `seconds`."""
         seen = -1
-        while seen != self._received:
-            seen = self._received
+        while seen != self.received:
+            seen = self.received
             await asyncio.sleep(seconds)
 
     async def terminate(self) -> None:
@@ -301,7 +289,7 @@ class KernelProcess:
         self._release()
         await self._manager.provisioner.wait()  # type: ignore[union-attr]
         await self._manager.cleanup_resources()
-        await run_in_thread(remove_folder, self.folder)
+        await run_in_thread(self.folder.remove)
         _live.discard(self)
 
     def kill_now(self) -> None:
@@ -310,7 +298,7 @@ class KernelProcess:
         self._signal_group()
         self._popen.wait()
         self._release()
-        remove_folder(self.folder)
+        self.folder.remove()
 
     async def kill_soon(self) -> None:
         """`kill_now` on the loop."""
@@ -374,21 +362,3 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a kernel's folder, whatever permissions its cells gave to what is in there."""
-
-    def make_removable(function: Any, path: str, _: Any) -> None:
-        # A cell may have taken its own folders' permissions away.
-        os.chmod(os.path.dirname(path), stat.S_IRWXU)
-        if os.path.isdir(path) and not os.path.islink(path):
-            os.chmod(path, stat.S_IRWXU)
-            shutil.rmtree(path, ignore_errors=True)
-        elif os.path.lexists(path):
-            os.unlink(path)
-
-    try:
-        shutil.rmtree(folder, onerror=make_removable)
-    except OSError as error:
-        log.warning("the kernel's folder %s could not be removed: %s", folder, error)

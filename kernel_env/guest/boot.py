@@ -3,16 +3,23 @@
 Executed with `shell` and `request` (the metadata that came with it) as its only names.
 """
 
+import builtins
 import sys
 import types
 
+_modules = {}
 for _name, _source in request["sources"].items():  # type: ignore[name-defined]  # noqa: F821
-    if _name not in sys.modules:
-        sys.modules[_name] = types.ModuleType(_name)
-        exec(compile(_source, _name, "exec"), sys.modules[_name].__dict__)
+    _full = f"_kernel_env_{_name}"
+    if _full not in sys.modules:
+        _module = types.ModuleType(_full)
+        # Builtins of its own: the ones that a cell replaces are not ours.
+        _module.__dict__["__builtins__"] = dict(vars(builtins))
+        sys.modules[_full] = _module
+        exec(compile(_source, _full, "exec"), _module.__dict__)
+    _modules[_name] = sys.modules[_full]
 
-sys.modules["_kernel_env_helpers"].install(
+_modules["helpers"].install(
     shell,  # type: ignore[name-defined]  # noqa: F821
-    sys.modules["_kernel_env_bridge"],
+    _modules,
     request["options"],  # type: ignore[name-defined]  # noqa: F821
 )

@@ -1,30 +1,44 @@
 """Kernel end of the helper channel: a Unix socket to the host, and functions that call through it.
 
-Runs inside the kernel, on the standard library alone. A frame is eight bytes of length (big endian),
-then JSON. Every thread of every process has a connection of its own and one request on it at a time.
+Runs inside the kernel and in processes it starts, on the standard library alone. A frame is eight bytes
+of length (big endian), then JSON. Every thread of every process has a connection of its own and one request
+on it at a time. What a cell may replace in `socket`, `json` or `os` is taken at import: the channel must
+outlive a monkeypatch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import json
 import mmap
 import os
-import socket
 import struct
 import threading
+from _socket import AF_UNIX, CMSG_LEN, SOCK_STREAM
+from _socket import socket as Socket  # the C type: the methods of the one in `socket` can be replaced
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from os import environ, getpid
 from typing import Any
 
 LENGTH = struct.Struct(">Q")
+FD = struct.Struct("i")
 FIRST_READ = 2**16
+SHOWN_ANSWER_CHARS = 200
+
+MODULE = "kernel_env_helpers"  # where a spawned process finds them: `child.py` under this name
+CELL_VARIABLE = "KERNEL_ENV_CELL"
 
 _to_json = json.JSONEncoder(allow_nan=False).encode
+_from_json = json.JSONDecoder().decode
 
-_cell: contextvars.ContextVar[str | None] = contextvars.ContextVar("kernel_env_cell", default=None)
+# A process that a cell spawns has nothing of this but its environment variables.
+_cell: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "kernel_env_cell", default=environ.get(CELL_VARIABLE)
+)
 
 
 class HelperError(Exception):
@@ -49,10 +63,11 @@ class Verbatim(str):
 class Channel:
     """The way to the host: one authenticated connection per process and thread, opened on first use."""
 
-    def __init__(self, path: str, token: str, frame_bytes: int) -> None:
+    def __init__(self, path: str, token: str, frame_bytes: int, answer_bytes: int) -> None:
         self._path = path
         self._token = token
         self._frame_bytes = frame_bytes
+        self._answer_bytes = answer_bytes
         self._local = threading.local()
 
     def encode(self, message: dict[str, Any]) -> bytes:
@@ -77,14 +92,25 @@ class Channel:
         __tracebackhide__ = True
         connection = self._connection()
         try:
-            connection.sendall(frame)
-            reply = json.loads(_receive_frame(connection).decode())
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # why it was closed stands in it
+                connection.sendall(frame)
+            reply = _from_json(_receive_frame(connection).decode())
         except BaseException as error:
             self._close()
             if isinstance(error, (OSError, EOFError)):
                 raise HelperError(f"the host closed the helper channel ({error})") from None
             raise
         return _result(reply)
+
+    def submit(self, text: str) -> None:
+        """Send a text that leaves the kernel: a final answer, or the value the host asked for."""
+        __tracebackhide__ = True
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > self._answer_bytes:
+            raise HelperError(
+                f"the answer has {size:,} bytes; Limits.answer_bytes is {self._answer_bytes:,}: shorten it"
+            )
+        self.exchange(self.encode({"op": "submit", "text": text}))
 
     def receive_context(self) -> Any:
         """The episode's context: its text, or the value of its JSON."""
@@ -115,36 +141,44 @@ class Channel:
         connection = self._connection()
         try:
             connection.sendall(frame)
-            head, fds, _, _ = socket.recv_fds(connection, FIRST_READ, 1)
-            reply = json.loads(_receive_frame(connection, head).decode())
+            head, ancillary, _, _ = connection.recvmsg(FIRST_READ, CMSG_LEN(FD.size))
+            reply = _from_json(_receive_frame(connection, head).decode())
         except BaseException:  # as in `exchange`
             self._close()
             raise
-        return _result(reply), fds[0]
+        return _result(reply), FD.unpack(ancillary[0][2])[0]
 
-    def _connection(self) -> socket.socket:
+    def _connection(self) -> Any:
         # A forked child inherits the parent's thread-locals, but must not share its connection.
-        if getattr(self._local, "pid", None) != os.getpid():
+        if getattr(self._local, "pid", None) != getpid():
             self._local.connection = None
-            self._local.pid = os.getpid()
+            self._local.pid = getpid()
         if self._local.connection is None:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.connect(self._path)
-                hello = json.dumps({"token": self._token}).encode("ascii")
+            self._local.connection = self.connect()
+        return self._local.connection
+
+    def connect(self) -> Any:
+        """A new authenticated connection.
+
+        Raises HelperError if the host no longer listens.
+        """
+        connection = Socket(AF_UNIX, SOCK_STREAM)
+        hello = _to_json({"token": self._token}).encode("ascii")
+        try:
+            connection.connect(self._path)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(LENGTH.pack(len(hello)) + hello)
-            except OSError as error:
-                connection.close()
-                raise HelperError(f"the host's helper channel is gone ({error})") from None
-            self._local.connection = connection
-        return self._local.connection  # type: ignore[no-any-return]
+        except OSError as error:
+            connection.close()
+            raise HelperError(f"the host's helper channel is gone ({error})") from None
+        return connection
 
     def _close(self) -> None:
         connection, self._local.connection = self._local.connection, None
         connection.close()
 
 
-def _receive_frame(connection: socket.socket, head: bytes = b"") -> bytes | bytearray:
+def _receive_frame(connection: Any, head: bytes = b"") -> bytes | bytearray:
     """One frame; nothing can follow it before the next request, so most come with a single read."""
     while len(head) < LENGTH.size:
         head += _received(connection.recv(FIRST_READ))
@@ -174,6 +208,23 @@ def _result(reply: dict[str, Any]) -> Any:
     for index in reply.get("failed", ()):
         value[index] = HelperFailure(value[index])
     return value
+
+
+def functions(options: dict[str, Any]) -> tuple[Channel, dict[str, Any]]:
+    """The channel, and the functions over it that need nothing but it, by name."""
+    channel = Channel(options["socket"], options["token"], options["frame_bytes"], options["answer_bytes"])
+
+    def FINAL(value: Any) -> Any:
+        """Submit `str(value)` as the final answer; the episode ends with this cell."""
+        __tracebackhide__ = True
+        text = str(value)
+        channel.submit(text)
+        shown = text if len(text) <= SHOWN_ANSWER_CHARS else text[:SHOWN_ANSWER_CHARS] + "…"
+        return Verbatim(f"FINAL({shown})")
+
+    FINAL.__qualname__, FINAL.__module__ = "FINAL", MODULE
+    made = {description["name"]: proxy(channel, description) for description in options["helpers"]}
+    return channel, {"HelperError": HelperError, "HelperFailure": HelperFailure, "FINAL": FINAL, **made}
 
 
 def proxy(channel: Channel, description: dict[str, Any]) -> Any:
@@ -210,7 +261,7 @@ def proxy(channel: Channel, description: dict[str, Any]) -> Any:
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = description["doc"]
-    call.__module__ = "kernel_env"
+    call.__module__ = MODULE
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
@@ -250,6 +301,7 @@ def current_cell() -> str | None:
 def enter_cell(cell: str) -> None:
     """Let everything that starts from here on belong to `cell`."""
     _cell.set(cell)
+    environ[CELL_VARIABLE] = cell
 
 
 def _run_in_cell(cell: str | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -5,22 +5,34 @@ Runs inside the kernel, on the standard library and IPython alone.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.abc
 import importlib.util
 import itertools
 import json
 import random
 import sys
-import time
 import types
+from os import _exit, getpid
+from threading import current_thread, main_thread
+from time import monotonic
 from typing import Any
+
+try:
+    from jupyter_client.jsonutil import json_default
+except ImportError:  # jupyter_client 6
+    from jupyter_client.jsonutil import date_default as json_default
 
 REPORTED_NAMES = 10_000
 SNAPSHOT_NAMES = 100
 SNAPSHOT_SECONDS = 0.05
 SNAPSHOT_CHARS = 500
 SHOWN_ITEMS = (120, 12, 4)  # of a container, of one in it, of one in that
-SHOWN_ANSWER_CHARS = 200
+PLAIN = (int, float, bool, complex, str, bytes, type(None), types.ModuleType, types.FunctionType)
+REPR_SECONDS = 1.0
+NAME_CHARS = 1000
+MARKER_CHARS = 50
 
 _guest: Guest | None = None
 
@@ -30,22 +42,17 @@ class CellExit(BaseException):
 
 
 class Guest:
-    """The helpers of one kernel and what must be known to report on its namespace."""
+    """The helpers of one kernel, what runs around each of its cells, and the report on its namespace."""
 
-    def __init__(self, shell: Any, bridge: Any, options: dict[str, Any]) -> None:
+    def __init__(self, shell: Any, bridge: Any, guard: Any, options: dict[str, Any]) -> None:
         self.shell = shell
         self.bridge = bridge
+        self.guard = guard
         self.session = options["session"]
-        self.answer_bytes = options["answer_bytes"]
-        self.channel = bridge.Channel(options["socket"], options["token"], options["frame_bytes"])
-        self.streams = (sys.stdout, sys.stderr)
-        self.helpers: dict[str, Any] = {
-            "HelperError": bridge.HelperError,
-            "HelperFailure": bridge.HelperFailure,
-        }
+        self.pid = getpid()
+        self.channel, self.helpers = bridge.functions(options)
+        self.lifeline: Any = None
         self.helpers.update({function.__name__: function for function in self._functions()})
-        for description in options["helpers"]:
-            self.helpers[description["name"]] = bridge.proxy(self.channel, description)
         self._known: dict[str, tuple[int, int, Any]] = {}
         self._system = {
             name: value
@@ -58,7 +65,7 @@ class Guest:
         self.shell.push(self.helpers, interactive=False)
         self._restore_data()
         self._known = {name: self._identity(value) for name, value in self._user_variables().items()}
-        self._write_report({}, [], [])
+        self.shell.payload_manager.write_payload(self._report({}, [], []))
 
     def _restore_data(self) -> list[str]:
         namespace = self.shell.user_ns
@@ -75,7 +82,7 @@ class Guest:
         return {
             name: value
             for name, value in list(self.shell.user_ns.items())
-            if isinstance(name, str)
+            if type(name) is str  # a subclass of the cell's may do anything
             and name.isidentifier()
             and not name.startswith("_")
             and name not in self.helpers
@@ -84,27 +91,19 @@ class Guest:
         }
 
     def _functions(self) -> list[Any]:
-        def FINAL(value: Any) -> Any:
-            """Submit `str(value)` as the final answer; the episode ends with this cell."""
-            __tracebackhide__ = True
-            text = str(value)
-            self.submit(text)
-            shown = text if len(text) <= SHOWN_ANSWER_CHARS else text[:SHOWN_ANSWER_CHARS] + "…"
-            return self.bridge.Verbatim(f"FINAL({shown})")
-
         def FINAL_VAR(x: Any) -> Any:
             """Submit the variable that the text `x` names; anything else is itself the answer."""
             __tracebackhide__ = True
-            return FINAL(self._variable(x))
+            return self.helpers["FINAL"](self._variable(x))
 
         def SHOW_VARS() -> list[str]:
             """The sorted names of your variables, without the helpers, `context` and `answer`."""
             return sorted(self._user_variables())
 
-        for function in (FINAL, FINAL_VAR, SHOW_VARS):
+        for function in (FINAL_VAR, SHOW_VARS):
             function.__qualname__ = function.__name__
-            function.__module__ = "kernel_env"
-        return [FINAL, FINAL_VAR, SHOW_VARS]
+            function.__module__ = self.bridge.MODULE
+        return [FINAL_VAR, SHOW_VARS]
 
     def _variable(self, x: Any) -> Any:
         __tracebackhide__ = True
@@ -123,44 +122,64 @@ class Guest:
             f"If {name!r} is the answer itself, call FINAL({name!r})."
         )
 
-    def submit(self, text: str) -> None:
-        """Send a text that leaves the kernel: a final answer, or the value the host asked for."""
-        __tracebackhide__ = True
-        size = len(text.encode("utf-8", "surrogatepass"))
-        if size > self.answer_bytes:
-            raise self.bridge.HelperError(
-                f"the answer has {size:,} bytes; Limits.answer_bytes is {self.answer_bytes:,}: shorten it"
-            )
-        self.channel.exchange(self.channel.encode({"op": "submit", "text": text}))
-
     def is_own(self, parent: dict[str, Any]) -> bool:
         """Whether a request came from the host, not from somebody else's client."""
         return bool(parent.get("header", {}).get("session") == self.session)
 
-    def before_cell(self) -> None:
+    async def serve(self, execute_request: Any, args: Any) -> None:
+        """Serve an execute request, or say to the host that the kernel cannot answer any more."""
+        self.bridge.enter_cell(args[-1].get("header", {}).get("msg_id", ""))
+        try:
+            await execute_request(*args)
+        except BaseException as error:  # noqa: BLE001 - the cell has broken what ipykernel is made of
+            told = {"op": "broken", "text": f"{type(error).__name__}: {_message(error)}"[:500]}
+            self.channel.exchange(self.channel.encode(told))
+
+    async def execute(self, do_execute: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Run a request's code; whatever it does, what it broke is put back and there is a reply."""
+        if current_thread() is not main_thread():
+            return await do_execute(*args, **kwargs)  # type: ignore[no-any-return] # another client's subshell
         parent = self.shell.kernel.get_parent()
-        self.bridge.enter_cell(parent.get("header", {}).get("msg_id", ""))
-
-    def after_cell(self, result: Any) -> None:
-        """Put back what the cell broke, then add the report to the reply to its request."""
-        if result is not None and isinstance(result.error_in_exec, CellExit):
-            result.error_in_exec = None
-        if not self.is_own(self.shell.kernel.get_parent()):
-            return
         notes: list[str] = []
-        restored = self._restore(notes)
-        self._submit_ready_answer(notes)
-        self._write_report(self._changes(), restored, notes)
+        self.guard.before_cell()
+        try:
+            reply: dict[str, Any] = await do_execute(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
+            notes.append(f"IPython could not run the cell to its end: {type(error).__name__}")
+            reply = failure(error)
+        broken = self.guard.after_cell()
+        if getpid() != self.pid:
+            self._leave(reply)
+        if reply.get("ename") == CellExit.__name__:
+            kept = ("execution_count", "payload", "user_expressions")
+            reply = {"status": "ok", **{key: reply[key] for key in kept if key in reply}}
+        if self.is_own(parent) and not parent["content"].get("silent"):
+            broken += self._restore(notes)
+            self._submit_ready_answer(notes)
+            reply.setdefault("payload", []).append(self._report(self._changes(), broken, notes))
+        self.guard.end_cell()
+        return reply
 
-    def _write_report(self, changed: dict[str, str], restored: list[str], notes: list[str]) -> None:
+    def _leave(self, reply: dict[str, Any]) -> None:
+        # A forked child that came to the cell's end: it shares the parent's sockets and must not serve them.
+        with contextlib.suppress(BaseException):
+            sys.stderr.write("".join(f"{line}\n" for line in reply.get("traceback", [])))
+            self.guard.flush()
+        _exit(1 if reply["status"] == "error" else 0)
+
+    def _report(self, changed: dict[str, str], restored: list[str], notes: list[str]) -> dict[str, Any]:
         given = {*self.helpers, "context", "answer"}
-        names = sorted([*given, *sorted(self._known)[: REPORTED_NAMES - len(given)]])
-        self.shell.payload_manager.write_payload(
-            {"source": "kernel_env", "names": names, "changed": changed, "restored": restored, "notes": notes}
-        )
+        known = (name for name in sorted(self._known) if len(name) <= NAME_CHARS)
+        names = sorted([*given, *itertools.islice(known, REPORTED_NAMES - len(given))])
+        return {
+            "source": "kernel_env",
+            "names": names,
+            "changed": changed,
+            "restored": sorted(restored),
+            "notes": notes,
+        }
 
     def _restore(self, notes: list[str]) -> list[str]:
-        sys.stdout, sys.stderr = self.streams
         namespace = self.shell.user_ns
         for name, value in self._system.items():
             if name not in namespace or name in ("get_ipython", "__builtins__"):
@@ -172,36 +191,48 @@ class Guest:
             broken += self._restore_data()
         except (OSError, EOFError, self.bridge.HelperError) as error:
             notes.append(f"context could not be restored: {error}")
-        return sorted(broken)
+        return broken
 
     def _submit_ready_answer(self, notes: list[str]) -> None:
         answer = self.shell.user_ns.get("answer")
         try:
-            if isinstance(answer, dict) and answer.get("ready"):
-                self.submit(str(answer.get("content", "")))
-        except BaseException as error:  # noqa: BLE001 - `content` is any object: its __str__ and its size are the cell's
-            notes.append(f"answer not submitted: {type(error).__name__}: {error}")
+            if issubclass(type(answer), dict):
+                with self.guard.cell_code():  # `content` is any object
+                    if answer.get("ready"):
+                        self.channel.submit(str(answer.get("content", "")))
+        except BaseException as error:  # noqa: BLE001 - its __str__ may raise anything
+            notes.append(f"answer not submitted: {type(error).__name__}: {_message(error)}")
 
     def _changes(self) -> dict[str, str]:
         current = self._user_variables()
         identities = {name: self._identity(value) for name, value in current.items()}
         before, self._known = self._known, identities
         changed: dict[str, str] = {}
-        deadline = time.monotonic() + SNAPSHOT_SECONDS
+        deadline = monotonic() + SNAPSHOT_SECONDS
         for name, identity in identities.items():
             if name in before and identity[:2] == before[name][:2]:
                 continue
-            if len(changed) >= SNAPSHOT_NAMES or time.monotonic() > deadline:
+            if len(changed) >= SNAPSHOT_NAMES or monotonic() > deadline:
                 break
-            changed[name] = bounded_repr(current[name])
+            if len(name) <= NAME_CHARS:
+                changed[name] = self._shown(current[name])
         return changed
+
+    def _shown(self, value: Any) -> str:
+        if type(value) in PLAIN:
+            return bounded_repr(value)
+        try:
+            with self.guard.cell_code_for(REPR_SECONDS):
+                return bounded_repr(value)
+        except BaseException as error:  # noqa: BLE001 - the time may be up just after the last of the cell's code
+            return f"<repr raised {type(error).__name__}>"
 
     @staticmethod
     def _identity(value: Any) -> tuple[int, int, Any]:
         kind = type(value)
-        # The base's own __len__: a subclass's may do anything.
+        # The base's own __len__: a subclass's may do anything, and so may an object's __class__.
         bases: tuple[Any, ...] = (list, dict, set)
-        length = next((base.__len__(value) for base in bases if isinstance(value, base)), -1)
+        length = next((base.__len__(value) for base in bases if issubclass(kind, base)), -1)
         # A small value is held, so that its id is not used again; holding a large one would keep alive
         # what the cell deleted.
         small = kind in (int, float, bool, complex) or (kind in (str, bytes) and len(value) < 1000)
@@ -276,16 +307,71 @@ def seed_generators(seed: int) -> None:
         sys.meta_path.insert(0, _SeedNumpy(seed % 2**32))
 
 
-def _escape_surrogates(pack: Any) -> Any:
-    """Let text with lone surrogates leave the kernel: Jupyter's encoder fails on it and loses the message."""
+def packer(message_chars: int) -> Any:
+    """Session.pack that a cell's patch of `json` does not reach, for text of any kind and size.
 
-    def packed(message: Any) -> Any:
+    Jupyter's own fails on lone surrogates and loses the message; and nothing else bounds a message.
+    """
+    strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=json_default).encode
+    lax = json.JSONEncoder(default=json_default).encode
+    without_nan = json.JSONDecoder(parse_constant=lambda _: None).decode
+
+    def pack(message: Any) -> bytes:
         try:
-            return pack(message)
-        except UnicodeEncodeError:
-            return json.dumps(message, default=str).encode("ascii")
+            text = strict(message)
+        except ValueError:  # NaN, which only Python reads
+            message = without_nan(lax(message))
+            text = strict(message)
+        if len(text) > message_chars:
+            text = strict(shortened(message, message_chars // 2))
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError:  # lone surrogates
+            return lax(shortened(message, message_chars // 2)).encode("ascii")
 
-    return packed
+    return pack
+
+
+def shortened(content: Any, limit: int) -> Any:
+    """Message content without text of more than `limit` characters; what is missing is said in `dropped`."""
+    if not isinstance(content, dict):
+        return content
+    dropped = 0
+
+    def short(value: Any, mime: str) -> Any:
+        nonlocal dropped
+        if isinstance(value, list):
+            return [short(item, mime) for item in value]
+        if not isinstance(value, str) or len(value) <= limit:
+            return value
+        half = limit // 2 - MARKER_CHARS
+        dropped += len(value) - 2 * half
+        if "/" in mime and mime != "text/plain":  # half an image is none
+            return None
+        marker = f"\n... (truncated, total {len(value)} chars) ...\n"
+        return value[:half] + marker + value[len(value) - half :]
+
+    cut = {key: short(value, "") for key, value in content.items()}
+    if isinstance(content.get("data"), dict):
+        data = {mime: short(value, mime) for mime, value in content["data"].items()}
+        gone = sorted(mime for mime, value in data.items() if value is None)
+        cut["data"] = {mime: value for mime, value in data.items() if value is not None}
+        if gone and "text/plain" not in cut["data"]:
+            cut["data"]["text/plain"] = f"<{', '.join(gone)}: too large to be kept>"
+    return {**cut, "dropped": dropped} if dropped else cut
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The reply to a cell that IPython itself could not see through."""
+    name, text = type(error).__name__, _message(error)
+    return {"status": "error", "ename": name, "evalue": text, "traceback": [f"{name}: {text}"]}
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as another:  # noqa: BLE001 - an exception of the cell's
+        return f"<str raised {type(another).__name__}>"
 
 
 def _without_our_frames(show: Any) -> Any:
@@ -307,30 +393,61 @@ def _end_cell(*_: Any) -> None:
     raise CellExit
 
 
-def install(shell: Any, bridge: Any, options: dict[str, Any]) -> None:
-    """Make this kernel an episode's kernel; done again, it takes over from the earlier installation."""
+def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
+    """Make this kernel an episode's kernel; done again, it takes over from the earlier installation.
+
+    `modules` are the guest's other modules, by name.
+    """
     global _guest
-    if _guest is not None:
-        for event, callback in (("pre_execute", _guest.before_cell), ("post_run_cell", _guest.after_cell)):
-            if callback in shell.events.callbacks[event]:
-                shell.events.unregister(event, callback)
-    else:
-        shell.kernel.session.pack = _escape_surrogates(shell.kernel.session.pack)
+    bridge, guard, kernel = modules["bridge"], modules["guard"], shell.kernel
+    # What can be done again is: a cell may have undone it.
+    kernel.session.pack = packer(options["message_chars"])
+    kernel.do_execute = functools.partial(_execute, type(kernel).do_execute.__get__(kernel))
+    served = type(kernel).execute_request.__get__(kernel)
+    kernel.shell_handlers["execute_request"] = functools.partial(_serve, served)
+    shell.ask_exit = _end_cell
+    shell.set_custom_exc((CellExit,), _show_nothing)
+    shell._showtraceback = _without_our_frames(type(shell)._showtraceback.__get__(shell))
+    bridge.tag_threads()
+    if _guest is None:
         # 0.5 ms of every cell, there for clients that stop reading at the reply; ours waits for idle.
-        shell.kernel._execute_sleep = 0
+        kernel._execute_sleep = 0
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
-        shell.kernel.log.setLevel("WARNING")
-        shell.ask_exit = _end_cell
-        shell.set_custom_exc((CellExit,), _show_nothing)
-        shell._showtraceback = _without_our_frames(shell._showtraceback)
+        kernel.log.setLevel("WARNING")
         if options["seed"] is not None:
             seed_generators(options["seed"])
-    bridge.tag_threads()
-    _guest = Guest(shell, bridge, options)
-    _guest.before_cell()
+        streams = tuple(
+            modules["streams"].adopt(s, options["stream_chars"]) for s in (sys.stdout, sys.stderr)
+        )
+        the_guard = guard.Guard(shell, streams)
+    else:
+        the_guard = _guest.guard
+    kernel._cancel_on_sigint = the_guard.cancel_on_sigint
+    _guest = Guest(shell, bridge, the_guard, options)
+    _guest.lifeline = _guest.channel.connect()
+    guard.die_with(_guest.lifeline)
+    publish(bridge.MODULE, _guest.helpers, options["folder"])
+    bridge.enter_cell(kernel.get_parent()["header"]["msg_id"])
     _guest.put_in_place()
-    shell.events.register("pre_execute", _guest.before_cell)
-    shell.events.register("post_run_cell", _guest.after_cell)
+
+
+async def _execute(do_execute: Any, *args: Any, **kwargs: Any) -> Any:
+    assert _guest is not None
+    return await _guest.execute(do_execute, args, kwargs)
+
+
+async def _serve(execute_request: Any, *args: Any) -> None:
+    assert _guest is not None
+    await _guest.serve(execute_request, args)
+
+
+def publish(name: str, helpers: dict[str, Any], folder: str) -> None:
+    """Let processes that a cell spawns import the helpers that it hands to them."""
+    module = types.ModuleType(name, "The functions that the host gives to this kernel.")
+    module.__dict__.update(helpers)
+    sys.modules[name] = module
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def send_text_of(expression: str, convert: str) -> None:
@@ -340,4 +457,4 @@ def send_text_of(expression: str, convert: str) -> None:
     if guest is None:
         raise RuntimeError("the guest is not installed")
     value = eval(compile(expression, "<expression>", "eval"), guest.shell.user_ns)
-    guest.submit(str(value) if convert == "str" else repr(value))
+    guest.channel.submit(str(value) if convert == "str" else repr(value))

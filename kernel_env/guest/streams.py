@@ -1,0 +1,229 @@
+"""The kernel's stdout and stderr: ipykernel's streams, bounded, and in order with what C code writes.
+
+Runs inside the kernel, on the standard library and ipykernel alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from ipykernel.iostream import OutStream
+
+PIECE = 2**18  # characters of one message: at most 1 MiB of UTF-8
+READ = 2**16  # what a pipe holds
+
+
+class Allowance:
+    """What one cell has written to one stream: the first characters went out, the latest are held back."""
+
+    def __init__(self, size: int) -> None:
+        self.head_left = self.tail_room = size
+        self.tail: deque[str] = deque()
+        self.tail_size = 0
+        self.dropped = 0
+
+    def take(self, text: str) -> str:
+        """The part of `text` that may go out at once; the rest is held, or dropped."""
+        if len(text) <= self.head_left:
+            self.head_left -= len(text)
+            return text
+        head, rest = text[: self.head_left], text[self.head_left :]
+        self.head_left = 0
+        if len(rest) > self.tail_room:
+            self.dropped += len(rest) - self.tail_room
+            rest = rest[-self.tail_room :]
+        self.tail.append(rest)
+        self.tail_size += len(rest)
+        while self.tail_size > self.tail_room:
+            over, oldest = self.tail_size - self.tail_room, self.tail.popleft()
+            gone = min(over, len(oldest))
+            if gone < len(oldest):
+                self.tail.appendleft(oldest[gone:])
+            self.tail_size -= gone
+            self.dropped += gone
+        return head
+
+    def release(self) -> tuple[int, str]:
+        """What was dropped, and the latest text behind it; later text is held anew."""
+        released = self.dropped, "".join(self.tail)
+        self.tail.clear()
+        self.tail_size = self.dropped = 0
+        return released
+
+
+class CellStream(OutStream):
+    """ipykernel's stream with a bound for each cell, messages of at most 1 MiB, and no flush of nothing.
+
+    A cell's first characters are published as they come. Past its allowance the latest are kept and follow
+    when the cell ends, behind a message that says how many are missing (`dropped` in its content).
+    """
+
+    # Set by `adopt`, which turns a stream that exists into one of this class.
+    _allowance_size: int
+    _allowances: dict[str, Allowance]
+    _pending: dict[str, tuple[Any, list[str]]]
+    _muted_thread: int | None
+
+    def begin(self, allowance: int) -> None:
+        """Give every cell from here on `allowance` characters at once and as many at its end."""
+        self._allowance_size = allowance
+        self._allowances = {}
+        self._pending = {}
+        self._muted_thread = None
+        self._capture()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def write(self, string: str) -> int:
+        """Take text of the cell that this thread or task belongs to."""
+        if not isinstance(string, str):
+            raise TypeError(f"write() argument must be str, not {type(string).__name__}")
+        if self._muted_thread != threading.get_ident():
+            self._put(self.parent_header, string)
+        return len(string)
+
+    def writelines(self, sequence: Any) -> None:
+        for string in sequence:
+            self.write(string)
+
+    def _put(self, header: Any, text: str) -> None:
+        identifier = header.get("msg_id", "")
+        with self._buffer_lock:
+            allowance = self._allowances.get(identifier)
+            if allowance is None:
+                allowance = self._allowances[identifier] = Allowance(self._allowance_size)
+            text = allowance.take(text)
+            if not text:
+                return
+            if identifier not in self._pending:
+                self._pending[identifier] = header, []
+            self._pending[identifier][1].append(text)
+        if os.getpid() == self._master_pid:
+            self._schedule_flush()
+        elif "\n" in text:  # a forked child: by lines, because nobody promises that it will flush
+            self._flush()
+
+    def flush(self) -> None:
+        """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
+        self.pump()
+        with self._buffer_lock:
+            if not self._pending:
+                return
+            self._flush()
+        if os.getpid() == self._master_pid and threading.current_thread() is not self.pub_thread.thread:
+            sent = threading.Event()
+            self.pub_thread.schedule(sent.set)
+            sent.wait(self.flush_timeout)
+
+    def _flush(self) -> None:
+        # Under the lock until all is handed over: who finds nothing pending may rely on the order.
+        with self._buffer_lock:
+            super()._flush()
+
+    def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
+        pending, self._pending = self._pending, {}
+        for header, parts in pending.values():
+            text = "".join(parts)
+            for at in range(0, len(text), PIECE):
+                yield header, text[at : at + PIECE]
+
+    def end_cell(self) -> None:
+        """Publish all that the cells wrote so far, what was held back included."""
+        self.pump()
+        with self._buffer_lock:
+            if self._pending:
+                self._flush()
+            current = self._parent_header_global
+            for identifier, allowance in list(self._allowances.items()):
+                dropped, tail = allowance.release()
+                header = {**current, "msg_id": identifier}
+                if dropped:
+                    text = f"\n... ({dropped} characters are not shown) ...\n"
+                    self._send(header, {"name": self.name, "text": text, "dropped": dropped})
+                for at in range(0, len(tail), PIECE):
+                    self._send(header, {"name": self.name, "text": tail[at : at + PIECE]})
+                if identifier != current.get("msg_id"):
+                    del self._allowances[identifier]
+
+    def _send(self, header: Any, content: dict[str, Any]) -> None:
+        self.session.send(self.pub_thread, "stream", content, parent=header, ident=self.topic)
+
+    def mute(self, muted: bool) -> None:
+        """Swallow what this thread writes: an object's `__repr__` is not the cell."""
+        self._muted_thread = threading.get_ident() if muted else None
+
+    def close(self) -> None:
+        """Only flush: a kernel without its streams could not go on."""
+        self.flush()
+
+    def fileno(self) -> int:
+        """The descriptor that is captured; ipykernel's own answer leads past the capture."""
+        return self._fd
+
+    # What is written to the file descriptor, by C code and by child processes.
+
+    def _capture(self) -> None:
+        """Take over from ipykernel's reader: it reads 1,000 bytes at a time and cuts characters in two."""
+        fd: int = self._original_stdstream_fd
+        self._fd = fd
+        self._should_watch = False
+        os.write(fd, b"\0")
+        self.watch_fd_thread.join(1)
+        os.close(self._fid)
+        self._fid, self._write_end = os.pipe()
+        os.set_blocking(self._fid, False)
+        os.dup2(self._write_end, fd)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pump_lock = threading.RLock()
+        self.watch_fd_thread = threading.Thread(target=self._watch, daemon=True, name=f"capture-{self.name}")
+        self.watch_fd_thread.start()
+
+    def _watch(self) -> None:
+        readable = select.poll()
+        readable.register(self._fid, select.POLLIN)
+        while True:
+            readable.poll()
+            self.pump()
+
+    def pump(self) -> None:
+        """Take what stands in the pipe; all that was written before this call is then in the stream."""
+        if os.getpid() != self._master_pid:
+            return
+        with self._pump_lock:
+            for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
+                try:
+                    data = os.read(self._fid, READ)
+                except BlockingIOError:
+                    return
+                self._put(self._parent_header_global, self._decoder.decode(data))
+
+    def restore_fd(self) -> bool:
+        """Open the captured descriptor again if a cell closed it; one that was redirected stays so."""
+        try:
+            os.fstat(self._fd)
+        except OSError:
+            os.dup2(self._write_end, self._fd)
+            return True
+        return False
+
+    def _after_fork(self) -> None:
+        # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
+        self._buffer_lock = threading.RLock()
+        self._pending = {}
+
+
+def adopt(stream: Any, allowance: int) -> Any:
+    """Make `stream` a CellStream in place, for threads and loggers hold on to the object.
+
+    A stream of an ipykernel that is built otherwise (before 6.29) stays what it is.
+    """
+    if isinstance(stream, OutStream) and not isinstance(stream, CellStream):
+        if hasattr(stream, "_parent_header_global") and getattr(stream, "_fid", None) is not None:
+            stream.__class__ = CellStream
+            stream.begin(allowance)  # type: ignore[attr-defined]
+    return stream
