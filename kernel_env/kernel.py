@@ -30,7 +30,7 @@ log = logging.getLogger("kernel_env.kernel")
 _LATE_MESSAGES = 1000
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
-_HALF_ENDED = 5.0  # seconds without a message before a request that has only half ended is given up
+_HALF_ENDED = 3.0  # seconds without a message before a request that has only half ended is given up
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
     "__import__('_kernel_env_helpers').send_text_of("
@@ -371,6 +371,9 @@ class Kernel:
             if seen != self._process.received or not running.is_half_ended:
                 seen, seen_at = self._process.received, now
             elif now - seen_at > _HALF_ENDED:
+                self._process.drain()  # this host may have been the one that was late
+                if seen != self._process.received:
+                    continue
                 running.fault = "its reply did not come" if running.is_idle else "its output channel is gone"
                 return None
             # Some of this stands still or starts late: look again, but not in a spin.

@@ -113,8 +113,8 @@ class KernelProcess:
         self._loop.add_reader(self._pidfd, self._take_exit)
         self._loop.add_reader(self._stderr, self._read_stderr)
         for channel in self._sockets.values():
-            self._loop.add_reader(_fileno(channel), self._drain)
-        self._drain()
+            self._loop.add_reader(_fileno(channel), self.drain)
+        self.drain()
         _live.add(self)
 
     @classmethod
@@ -193,16 +193,17 @@ class KernelProcess:
     def send(self, message: dict[str, Any]) -> None:
         self.session.send(self._sockets["shell"], message)
         # Sending can swallow the edge that tells of messages which are already in.
-        self._loop.call_soon(self._drain)
+        self._loop.call_soon(self.drain)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take the messages that are there."""
         for channel, socket in self._sockets.items():
             for _ in range(_DRAIN_AT_ONCE):
                 if socket.closed or not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
                     break
                 self._receive(channel, socket.recv_multipart(zmq.NOBLOCK))
             else:
-                self._loop.call_soon(self._drain)  # let other tasks run before the rest of a flood
+                self._loop.call_soon(self.drain)  # let other tasks run before the rest of a flood
 
     def _receive(self, channel: str, frames: list[bytes]) -> None:
         self.received += 1

@@ -9,14 +9,27 @@ import asyncio
 import builtins
 import contextlib
 import fcntl
+import json
+import operator
 import os
 import signal
 import sys
+import threading
+import time
 from asyncio import events
 from collections.abc import Iterator
+from signal import getitimer as get_timer
+from signal import setitimer as set_timer
+from signal import signal as set_signal
 from typing import Any
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+MODULES = (builtins, threading, json, time, signal, os)  # what ipykernel calls on the way to a reply
+OURS = frozenset({"input"})  # ipykernel's own while a cell runs
+SHELL = (
+    *("user_ns", "user_module", "payload_manager", "displayhook", "display_pub", "display_formatter"),
+    *("events", "history_manager", "input_transformer_manager", "compile", "kernel"),
+)
 
 
 class TookTooLong(BaseException):
@@ -29,45 +42,80 @@ class Guard:
     def __init__(self, shell: Any, streams: tuple[Any, Any]) -> None:
         self._shell = shell
         self._streams = streams
-        self._namespace = shell.user_ns
-        passing = shell.builtin_trap.auto_builtins  # there while a cell runs
-        self._builtins = {name: value for name, value in vars(builtins).items() if name not in passing}
+        self._shell_parts = {name: getattr(shell, name) for name in SHELL}
+        self._transformers = list(shell.input_transformers_post)
+        self._modules = dict(sys.modules)
+        self._environ = os.environ
         self._recursion_limit = sys.getrecursionlimit()
-        self._timers: dict[int, tuple[float, float]] = {}
+        passing = shell.builtin_trap.auto_builtins  # there while a cell runs
+        self._functions = []
+        for module in MODULES:
+            found = {n: f for n, f in vars(module).items() if callable(f) and n not in passing}
+            self._functions.append((module.__name__, vars(module), tuple(found), tuple(found.values())))
         # IPython 9 keeps a copy of all that is written, for a magic that exports it; it grows without bound
         # and is half the cost of a print. The copying that is under way for this request is undone later.
         shell._tee = lambda channel: contextlib.nullcontext()
 
     def before_cell(self) -> None:
-        """Let interrupts through, and let the timers of earlier cells go on."""
+        """Let interrupts through."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for stream in self._streams:
             vars(stream).pop("write", None)
-        for which, (seconds, interval) in self._timers.items():
-            signal.setitimer(which, seconds, interval)
-        self._timers.clear()
 
-    def after_cell(self) -> list[str]:
-        """Put back what the cell broke and name it; from here on no interrupt and no timer strikes."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ipykernel puts its own back before the next request
-        broken: list[str] = []
+    def after_cell(self, *, has_failed: bool) -> list[str]:
+        """Put back what the cell broke and name it; from here on no interrupt and no timer strikes.
+
+        A function that was replaced by another stays, unless the kernel `has_failed` to run the cell.
+        """
+        broken = self.restore_functions(even_callable=has_failed)
+        set_signal(signal.SIGINT, signal.SIG_IGN)  # ipykernel puts its own back before the next request
         if sys.getrecursionlimit() < self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
             broken.append("the recursion limit")
         for which in TIMERS:
-            if signal.getitimer(which)[0]:
-                # A handler that raises in ipykernel's own code would cost a reply: timers stand between cells.
-                self._timers[which] = signal.setitimer(which, 0)
+            if get_timer(which)[0]:
+                set_timer(which, 0)  # its handler would run in ipykernel's own code, and in every later cell
+                broken.append("a timer")
         broken += self._restore_streams()
-        if self._shell.user_ns is not self._namespace:
-            self._shell.user_ns = self._namespace
-            broken.append("the namespace")
-        present = vars(builtins)
-        for name, value in self._builtins.items():
-            # One that can still be called may have been replaced on purpose.
-            if present.get(name) is not value and callable(value) and not callable(present.get(name)):
-                present[name] = value
-                broken.append(f"builtins.{name}")
+        broken += self._restore_shell()
+        loop = asyncio.get_running_loop()
+        if getattr(loop, "_stopping", False):  # the process would end with its loop
+            loop._stopping = False  # type: ignore[attr-defined]
+            broken.append("the event loop")
+        return broken
+
+    def restore_functions(self, *, even_callable: bool) -> list[str]:
+        """Put back builtins and functions of the standard library that a cell has made unusable."""
+        broken = []
+        for module, present, names, values in self._functions:
+            if all(map(operator.is_, map(present.get, names), values)):
+                continue
+            for name, value in zip(names, values):  # noqa: B905 - Python 3.9
+                now = present.get(name)
+                # One that can still be called may have been replaced on purpose.
+                if now is not value and (even_callable or not callable(now)) and name not in OURS:
+                    present[name] = value
+                    broken.append(f"{module}.{name}")
+        if os.environ is not self._environ:
+            os.environ = self._environ  # noqa: B003 - the very object that was there
+            broken.append("os.environ")
+        if "builtins" not in sys.modules:
+            sys.modules.update({n: m for n, m in self._modules.items() if n not in sys.modules})
+            broken.append("sys.modules")
+        return broken
+
+    def _restore_shell(self) -> list[str]:
+        broken = []
+        for name, value in self._shell_parts.items():
+            if getattr(self._shell, name, None) is not value:
+                setattr(self._shell, name, value)
+                broken.append(f"get_ipython().{name}")
+        if self._shell.input_transformers_post != self._transformers:
+            try:
+                self._shell.transform_cell("1")
+            except Exception:  # noqa: BLE001 - one of the cell's, and no cell could take it out any more
+                self._shell.input_transformers_post[:] = self._transformers
+                broken.append("input transformers")
         return broken
 
     def end_cell(self) -> None:
@@ -96,11 +144,11 @@ class Guard:
     @contextlib.contextmanager
     def cell_code(self) -> Iterator[None]:
         """Run code of the cell's after the cell: an interrupt reaches it."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        set_signal(signal.SIGINT, signal.default_int_handler)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            set_signal(signal.SIGINT, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def cell_code_for(self, seconds: float) -> Iterator[None]:
@@ -109,15 +157,15 @@ class Guard:
         def stop(*_: Any) -> None:
             raise TookTooLong
 
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        previous = set_signal(signal.SIGALRM, stop)
+        set_timer(signal.ITIMER_REAL, seconds)
         self._mute(True)
         try:
             with self.cell_code():
                 yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+            set_timer(signal.ITIMER_REAL, 0)
+            set_signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
             self._mute(False)
 
     def _mute(self, muted: bool) -> None:
@@ -144,11 +192,11 @@ class Guard:
                 # Another task or a callback spins: a KeyboardInterrupt from there would end the loop.
                 raise asyncio.CancelledError
 
-        previous = signal.signal(signal.SIGINT, on_sigint)
+        previous = set_signal(signal.SIGINT, on_sigint)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            set_signal(signal.SIGINT, previous)
 
 
 def _codes_of_callback(frame: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import random
+import re
 import sys
 import types
 from os import _exit, getpid
@@ -132,6 +133,9 @@ class Guest:
         try:
             await execute_request(*args)
         except BaseException as error:  # noqa: BLE001 - the cell has broken what ipykernel is made of
+            self.guard.restore_functions(even_callable=True)  # the channel needs some of them, too
+            if getpid() != self.pid:
+                self._leave(failure(error))
             told = {"op": "broken", "text": f"{type(error).__name__}: {_message(error)}"[:500]}
             self.channel.exchange(self.channel.encode(told))
 
@@ -141,15 +145,16 @@ class Guest:
             return await do_execute(*args, **kwargs)  # type: ignore[no-any-return] # another client's subshell
         parent = self.shell.kernel.get_parent()
         notes: list[str] = []
+        has_failed = False
         self.guard.before_cell()
         try:
             reply: dict[str, Any] = await do_execute(*args, **kwargs)
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
             notes.append(f"IPython could not run the cell to its end: {type(error).__name__}")
-            reply = failure(error)
-        broken = self.guard.after_cell()
+            reply, has_failed = failure(error), not isinstance(error, KeyboardInterrupt)
         if getpid() != self.pid:
             self._leave(reply)
+        broken = self.guard.after_cell(has_failed=has_failed)
         if reply.get("ename") == CellExit.__name__:
             kept = ("execution_count", "payload", "user_expressions")
             reply = {"status": "ok", **{key: reply[key] for key in kept if key in reply}}
@@ -163,7 +168,8 @@ class Guest:
     def _leave(self, reply: dict[str, Any]) -> None:
         # A forked child that came to the cell's end: it shares the parent's sockets and must not serve them.
         with contextlib.suppress(BaseException):
-            sys.stderr.write("".join(f"{line}\n" for line in reply.get("traceback", [])))
+            lines = reply.get("traceback", [])
+            sys.stderr.write(re.sub(r"\x1b\[[0-9;]*m", "", "".join(f"{line}\n" for line in lines)))
             self.guard.flush()
         _exit(1 if reply["status"] == "error" else 0)
 
@@ -195,13 +201,15 @@ class Guest:
 
     def _submit_ready_answer(self, notes: list[str]) -> None:
         answer = self.shell.user_ns.get("answer")
+        if not issubclass(type(answer), dict):
+            return
         try:
-            if issubclass(type(answer), dict):
-                with self.guard.cell_code():  # `content` is any object
-                    if answer.get("ready"):
-                        self.channel.submit(str(answer.get("content", "")))
+            with self.guard.cell_code():  # `content` is any object
+                if answer.get("ready"):
+                    self.channel.submit(str(answer.get("content", "")))
         except BaseException as error:  # noqa: BLE001 - its __str__ may raise anything
             notes.append(f"answer not submitted: {type(error).__name__}: {_message(error)}")
+            dict.__setitem__(answer, "ready", False)  # or it would fail after every cell from here on
 
     def _changes(self) -> dict[str, str]:
         current = self._user_variables()
@@ -332,6 +340,12 @@ def packer(message_chars: int) -> Any:
     return pack
 
 
+def unpacker() -> Any:
+    """Session.unpack that a cell's patch of `json` does not reach."""
+    decode = json.JSONDecoder().decode
+    return lambda text: decode(bytes(text).decode("utf-8", "replace"))
+
+
 def shortened(content: Any, limit: int) -> Any:
     """Message content without text of more than `limit` characters; what is missing is said in `dropped`."""
     if not isinstance(content, dict):
@@ -401,7 +415,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     global _guest
     bridge, guard, kernel = modules["bridge"], modules["guard"], shell.kernel
     # What can be done again is: a cell may have undone it.
-    kernel.session.pack = packer(options["message_chars"])
+    kernel.session.pack, kernel.session.unpack = packer(options["message_chars"]), unpacker()
     kernel.do_execute = functools.partial(_execute, type(kernel).do_execute.__get__(kernel))
     served = type(kernel).execute_request.__get__(kernel)
     kernel.shell_handlers["execute_request"] = functools.partial(_serve, served)

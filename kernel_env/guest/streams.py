@@ -64,6 +64,8 @@ class CellStream(OutStream):
     when the cell ends, behind a message that says how many are missing (`dropped` in its content).
     """
 
+    flush_timeout = 2  # a cell may have stopped the thread that publishes
+
     # Set by `adopt`, which turns a stream that exists into one of this class.
     _allowance_size: int
     _allowances: dict[str, Allowance]

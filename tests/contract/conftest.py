@@ -25,6 +25,10 @@ class Facade(Protocol):
 
 
 MakeFacade = Callable[..., Facade]
+StartEnv = Callable[..., LocalREPLEnv]
+
+KERNELS = ["python3"]
+"""Kernel names that must hold against everything in `test_hold_*.py`: one line for each kind of kernel."""
 
 
 class Local:
@@ -102,3 +106,24 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
     yield make_one
     for facade in made:
         facade.end() if isinstance(facade, Async) else facade.close()
+
+
+@pytest.fixture(params=KERNELS)
+def kernel_name(request: pytest.FixtureRequest) -> str:
+    """The kind of kernel under test."""
+    return str(request.param)
+
+
+@pytest.fixture
+def start(kernel_name: str) -> Iterator[StartEnv]:
+    """Start an episode, `start(reset={…}, **options)`, in the kind of kernel under test; closed at the end."""
+    made: list[LocalREPLEnv] = []
+
+    def start_one(reset: dict[str, Any] | None = None, **options: Any) -> LocalREPLEnv:
+        made.append(LocalREPLEnv(kernel_name=kernel_name, **options))
+        made[-1].reset(**{"max_iterations": 10**6} | (reset or {}))
+        return made[-1]
+
+    yield start_one
+    for env in made:
+        env.close()
