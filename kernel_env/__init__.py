@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from kernel_env.bridge import HelperFailure
+from kernel_env.calls import HelperFailure
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, HelperCall, Turn

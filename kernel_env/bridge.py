@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import inspect
 import json
 import logging
 import os
@@ -24,16 +23,16 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernel_env.calls import Cell, Helper, HelperFailure
 from kernel_env.config import Limits
 from kernel_env.episode import Context, HelperCall
 from kernel_env.errors import HelperError
 
-__all__ = ["Bridge", "Cell", "Helper", "HelperFailure", "describe"]
+__all__ = ["Bridge"]
 
 log = logging.getLogger("kernel_env.bridge")
 
@@ -41,7 +40,6 @@ _LENGTH = struct.Struct(">Q")
 _HELLO_BYTES = 4096
 _CONTEXT_PIECE = 2**24
 _ENCODED_AT_ONCE = 2**18  # small enough for memory that is there already: 0.24 s for 1 GB instead of 1.4
-_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _to_json = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -50,91 +48,6 @@ def _refuse_constant(name: str) -> None:
 
 
 _from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
-
-
-class HelperFailure(str):
-    """The failed item of a batch: a text that reads as the error, which is also in `.error`."""
-
-    @property
-    def error(self) -> str:
-        return str(self)
-
-
-@dataclass(frozen=True)
-class Helper:
-    """A function of the host that the kernel may call by name."""
-
-    function: Callable[..., Awaitable[Any]]
-    signature: inspect.Signature
-    doc: str
-    is_typed: bool = False
-    """The kernel holds callers to the annotations; those of a user's tool are documentation."""
-
-
-def describe(name: str, helper: Helper) -> dict[str, Any]:
-    """What the kernel needs to make a function with this helper's signature and docstring."""
-    parameters = []
-    for parameter in helper.signature.parameters.values():
-        entry = {
-            "name": parameter.name,
-            "kind": parameter.kind.name,
-            "annotation": _annotation_text(parameter.annotation),
-        }
-        if parameter.default is not parameter.empty:
-            entry["default"] = repr(parameter.default)
-        parameters.append(entry)
-    returns = _annotation_text(helper.signature.return_annotation)
-    return {
-        "name": name,
-        "parameters": parameters,
-        "returns": returns,
-        "doc": helper.doc,
-        "is_typed": helper.is_typed,
-    }
-
-
-def _annotation_text(annotation: Any) -> str | None:
-    if annotation is inspect.Signature.empty:
-        return None
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-
-@dataclass
-class Cell:
-    """The helper calls of one execution: what is in flight, what has ended, how long it waited."""
-
-    id: str
-    answer: str | None = None
-    """The text submitted last."""
-    calls: list[HelperCall] = field(default_factory=list)
-    refusal: str | None = None
-    """Why no further call is served; None while calls are."""
-    on_broken: Callable[[str], None] | None = None
-    """Called when the kernel says why it cannot reply to this request."""
-    in_flight: set[asyncio.Task[None]] = field(default_factory=set)
-    _waited: float = 0.0
-    _waiting_since: float = 0.0
-
-    @property
-    def waited(self) -> float:
-        """Seconds in which at least one call was in flight."""
-        return self._waited + (time.monotonic() - self._waiting_since if self.in_flight else 0.0)
-
-    def enter(self, task: asyncio.Task[None]) -> None:
-        if not self.in_flight:
-            self._waiting_since = time.monotonic()
-        self.in_flight.add(task)
-
-    def leave(self, task: asyncio.Task[None]) -> None:
-        self.in_flight.discard(task)
-        if not self.in_flight:
-            self._waited += time.monotonic() - self._waiting_since
-
-    def cancel(self, reason: str) -> None:
-        """Cancel what is in flight and refuse what comes."""
-        self.refusal = reason
-        for task in list(self.in_flight):
-            task.cancel(reason)
 
 
 class Bridge:
@@ -200,7 +113,7 @@ class Bridge:
         helper = self._helpers.get(name) if isinstance(name, str) else None
         if helper is None or not isinstance(name, str) or not isinstance(arguments, dict):
             raise HelperError("refused: there is no such helper")
-        args, kwargs = _bind(name, helper.signature, arguments)
+        args, kwargs = helper.bind(name, arguments)
         task = asyncio.current_task()
         assert task is not None
         started, clock = time.time(), time.monotonic()
@@ -304,7 +217,7 @@ class Bridge:
 
     @property
     def most_connections(self) -> int:
-        # Every thread keeps one, and one more is the kernel's own; the host's file descriptors are not only ours.
+        # Every thread keeps one, and one is the kernel's own; the host's file descriptors are not ours alone.
         return 4 * self._limits.helper_concurrency + 1
 
     @property
@@ -416,24 +329,6 @@ def _send_with_fd(transport: asyncio.Transport, frame: bytes, fd: int) -> None:
     # asyncio's own socket object has no sendmsg; nothing is queued on a connection that waits for this reply.
     with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
         socket.send_fds(connection, [frame], [fd])
-
-
-def _bind(
-    name: str, signature: inspect.Signature, arguments: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if unknown := sorted(arguments.keys() - signature.parameters.keys()):
-        raise HelperError(f"{name}: unexpected arguments {unknown}")
-    parameters = signature.parameters.values()
-    if all(p.kind in _BY_NAME and (p.name in arguments or p.default is not p.empty) for p in parameters):
-        return (), arguments  # as nearly always; `Signature.bind` costs a tenth of a call
-    ordered = {key: arguments[key] for key in signature.parameters if key in arguments}
-    bound = inspect.BoundArguments(signature, ordered)
-    try:
-        args, kwargs = bound.args, bound.kwargs
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise HelperError(f"{name}: {error}") from None
-    return args, kwargs
 
 
 def _failures(result: Any) -> dict[int, str]:

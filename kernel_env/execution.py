@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from kernel_env.bridge import Cell
+from kernel_env.calls import Cell
 from kernel_env.episode import HelperCall
 from kernel_env.outputs import Output, Outputs, without_colours
 from kernel_env.types import Status
@@ -21,7 +22,8 @@ __all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
 
 log = logging.getLogger("kernel_env.execution")
 
-_UNHEARD = 1.0
+_UNHEARD = 1.0  # seconds after which a request that the kernel does not mention counts as begun
+_HALF_ENDED = 3.0  # seconds of silence after which a request that has only half ended has broken down
 _NO_SOURCE = re.compile("[\\0\ud800-\udfff]")
 
 PAYLOAD = "kernel_env"
@@ -71,6 +73,8 @@ class Running:
     outputs: Outputs
     cell: Cell
     sent: float = field(default_factory=time.monotonic)
+    heard: float = 0.0
+    """When a message of the kernel was read last."""
     started: float = field(default_factory=time.time)
     busy_since: float | None = None
     is_idle: bool = False
@@ -112,6 +116,36 @@ class Running:
     def break_down(self, fault: str) -> None:
         self.fault = self.fault or fault
         self.changed.set()
+
+    async def until_end(self, active: float, total: float, drain: Callable[[], None]) -> str | None:
+        """Wait until the request has ended or broken down (None), or must be ended (why).
+
+        `drain` takes in what has arrived and was not read yet.
+        """
+        while True:
+            if self.ended_at is not None or self.fault is not None:
+                return None
+            if self.stop_reason is not None:
+                return self.stop_reason
+            left_active = active - self.active_time
+            left_total = total - (time.monotonic() - self.sent)
+            if left_total <= 0:
+                return f"it took more than {total:g} s in all"
+            if left_active <= 0:
+                return f"it was active for more than {active:g} s"
+            if self.is_half_ended and time.monotonic() - self.heard > _HALF_ENDED:
+                drain()  # this host may have been the one that was late
+                if self.is_half_ended and time.monotonic() - self.heard > _HALF_ENDED:
+                    self.break_down(
+                        "its reply did not come" if self.is_idle else "its output channel is gone"
+                    )
+                continue
+            # Some of this stands still or starts late: look again, but not in a spin.
+            is_watched = self.cell.in_flight or self.busy_since is None or self.is_half_ended
+            pause = min(max(left_active, 0.05), 1.0) if is_watched else left_active
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(pause, left_total)):
+                    await self.changed.wait()
 
     def stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from kernel_env.bridge import Helper, HelperFailure
+from kernel_env.calls import Helper, HelperFailure
 from kernel_env.config import EnvConfig
 from kernel_env.errors import HelperError, UsageError
 from kernel_env.portal import as_async

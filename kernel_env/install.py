@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from kernel_env.bridge import Bridge, Helper, describe
+from kernel_env.bridge import Bridge
+from kernel_env.calls import Helper
 from kernel_env.config import Limits
 from kernel_env.outputs import half
 
-__all__ = ["RUN_BOOT", "install_request"]
+__all__ = ["RUN_BOOT", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
-_MODULES = ("bridge", "streams", "guard", "helpers")
+_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "helpers")
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 RUN_BOOT = (
@@ -25,7 +27,7 @@ RUN_BOOT = (
 def install_request(
     bridge: Bridge, folder: Path, session: str, helpers: dict[str, Helper], limits: Limits, seed: int | None
 ) -> dict[str, Any]:
-    """The metadata that `RUN_BOOT` installs the guest from; also puts into `folder` what spawned processes need.
+    """The metadata that `RUN_BOOT` installs the guest from; `folder` also gets what spawned processes need.
 
     Sent as text, not imported from its place, so that any kernelspec's environment will do.
     """
@@ -48,6 +50,34 @@ def install_request(
         "stream_chars": half(limits.cell_output),
     }
     return {"boot": _source("boot"), "sources": sources, "options": options}
+
+
+def describe(name: str, helper: Helper) -> dict[str, Any]:
+    """What the kernel needs to make a function with this helper's signature and docstring."""
+    parameters = []
+    for parameter in helper.signature.parameters.values():
+        entry = {
+            "name": parameter.name,
+            "kind": parameter.kind.name,
+            "annotation": _annotation_text(parameter.annotation),
+        }
+        if parameter.default is not parameter.empty:
+            entry["default"] = repr(parameter.default)
+        parameters.append(entry)
+    returns = _annotation_text(helper.signature.return_annotation)
+    return {
+        "name": name,
+        "parameters": parameters,
+        "returns": returns,
+        "doc": helper.doc,
+        "is_typed": helper.is_typed,
+    }
+
+
+def _annotation_text(annotation: Any) -> str | None:
+    if annotation is inspect.Signature.empty:
+        return None
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _source(name: str) -> str:

@@ -9,10 +9,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from kernel_env.bridge import Bridge, Helper
+from kernel_env.bridge import Bridge
+from kernel_env.calls import Helper
 from kernel_env.config import Limits
 from kernel_env.episode import Context
 from kernel_env.errors import KernelDied, KernelError, KernelStartError
@@ -30,7 +30,6 @@ log = logging.getLogger("kernel_env.kernel")
 _LATE_MESSAGES = 1000
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
-_HALF_ENDED = 3.0  # seconds without a message before a request that has only half ended is given up
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
     "__import__('_kernel_env_helpers').send_text_of("
@@ -282,6 +281,8 @@ class Kernel:
 
     def _on_message(self, channel: str, message: dict[str, Any]) -> None:
         kind, content = message["msg_type"], message["content"]
+        if self._running is not None:
+            self._running.heard = time.monotonic()
         if kind == "iopub_welcome":
             self._is_subscribed.set()
             return
@@ -317,7 +318,7 @@ class Kernel:
         why, killed = None, False
         broken = self._process.broken + self._bridge.refused
         try:
-            why = await self._wait(running, active, total)
+            why = await running.until_end(active, total, self._process.drain)
             if running.fault is not None:
                 await self._process.settle()
                 await self._process.terminate()
@@ -352,36 +353,6 @@ class Kernel:
             kernel_lost=not has_fresh,
             lost_variables=lost,
         )
-
-    async def _wait(self, running: Running, active: float, total: float) -> str | None:
-        """Wait until the request has ended or broken down (None), or must be ended (why)."""
-        seen, seen_at = self._process.received, time.monotonic()
-        while True:
-            now = time.monotonic()
-            if running.ended_at is not None or running.fault is not None:
-                return None
-            if running.stop_reason is not None:
-                return running.stop_reason
-            left_active = active - running.active_time
-            left_total = total - (now - running.sent)
-            if left_total <= 0:
-                return f"it took more than {total:g} s in all"
-            if left_active <= 0:
-                return f"it was active for more than {active:g} s"
-            if seen != self._process.received or not running.is_half_ended:
-                seen, seen_at = self._process.received, now
-            elif now - seen_at > _HALF_ENDED:
-                self._process.drain()  # this host may have been the one that was late
-                if seen != self._process.received:
-                    continue
-                running.fault = "its reply did not come" if running.is_idle else "its output channel is gone"
-                return None
-            # Some of this stands still or starts late: look again, but not in a spin.
-            watched = running.cell.in_flight or running.busy_since is None or running.is_half_ended
-            pause = min(max(left_active, 0.05), 1.0) if watched else left_active
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(pause, left_total)):
-                    await running.changed.wait()
 
     async def _stop(self, running: Running, why: str) -> bool:
         """Interrupt the cell, and kill its kernel if that does not end it; True if it had to be killed."""

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from kernel_env import Limits
-from kernel_env.bridge import Bridge, Helper, describe
+from kernel_env.bridge import Bridge
+from kernel_env.calls import Helper
 from kernel_env.episode import Context
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"types", "config"},
     {"episode"},
     {"outputs", "answer", "portal", "folder"},
+    {"calls"},
     {"bridge"},
     {"execution", "process", "install"},
     {"kernel", "helpers", "rubrics"},

@@ -36,9 +36,8 @@ _to_json = json.JSONEncoder(allow_nan=False).encode
 _from_json = json.JSONDecoder().decode
 
 # A process that a cell spawns has nothing of this but its environment variables.
-_cell: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "kernel_env_cell", default=environ.get(CELL_VARIABLE)
-)
+_spawned_in = environ.get(CELL_VARIABLE)
+_cell: contextvars.ContextVar[str | None] = contextvars.ContextVar("kernel_env_cell", default=_spawned_in)
 
 
 class HelperError(Exception):

@@ -201,7 +201,7 @@ class Guard:
 
 def _codes_of_callback(frame: Any) -> list[Any]:
     """The code objects that run in the loop's present callback, innermost first; none while it waits."""
-    codes = []
+    codes: list[Any] = []
     callback = events.Handle._run.__code__
     while frame is not None:
         if frame.f_code is callback:

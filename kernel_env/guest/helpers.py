@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.util
 import itertools
-import json
-import random
 import re
 import sys
 import types
@@ -19,11 +15,6 @@ from os import _exit, getpid
 from threading import current_thread, main_thread
 from time import monotonic
 from typing import Any
-
-try:
-    from jupyter_client.jsonutil import json_default
-except ImportError:  # jupyter_client 6
-    from jupyter_client.jsonutil import date_default as json_default
 
 REPORTED_NAMES = 10_000
 SNAPSHOT_NAMES = 100
@@ -33,7 +24,6 @@ SHOWN_ITEMS = (120, 12, 4)  # of a container, of one in it, of one in that
 PLAIN = (int, float, bool, complex, str, bytes, type(None), types.ModuleType, types.FunctionType)
 REPR_SECONDS = 1.0
 NAME_CHARS = 1000
-MARKER_CHARS = 50
 
 _guest: Guest | None = None
 
@@ -281,100 +271,6 @@ def _repr(value: Any, depth: int) -> str:
     return f"frozenset({{{text}}})" if kind is frozenset else f"{{{text}}}"
 
 
-class _SeedNumpy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Seeds numpy's global generator when `numpy.random` is imported, however late."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._loader: Any = None
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != "numpy.random" or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None:
-            self._loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: Any) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        module.seed(self._seed)
-
-
-def seed_generators(seed: int) -> None:
-    """Seed `random` and numpy's global generator, now or when numpy comes."""
-    random.seed(seed)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed(seed % 2**32)
-    else:
-        sys.meta_path.insert(0, _SeedNumpy(seed % 2**32))
-
-
-def packer(message_chars: int) -> Any:
-    """Session.pack that a cell's patch of `json` does not reach, for text of any kind and size.
-
-    Jupyter's own fails on lone surrogates and loses the message; and nothing else bounds a message.
-    """
-    strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=json_default).encode
-    lax = json.JSONEncoder(default=json_default).encode
-    without_nan = json.JSONDecoder(parse_constant=lambda _: None).decode
-
-    def pack(message: Any) -> bytes:
-        try:
-            text = strict(message)
-        except ValueError:  # NaN, which only Python reads
-            message = without_nan(lax(message))
-            text = strict(message)
-        if len(text) > message_chars:
-            text = strict(shortened(message, message_chars // 2))
-        try:
-            return text.encode("utf-8")
-        except UnicodeEncodeError:  # lone surrogates
-            return lax(shortened(message, message_chars // 2)).encode("ascii")
-
-    return pack
-
-
-def unpacker() -> Any:
-    """Session.unpack that a cell's patch of `json` does not reach."""
-    decode = json.JSONDecoder().decode
-    return lambda text: decode(bytes(text).decode("utf-8", "replace"))
-
-
-def shortened(content: Any, limit: int) -> Any:
-    """Message content without text of more than `limit` characters; what is missing is said in `dropped`."""
-    if not isinstance(content, dict):
-        return content
-    dropped = 0
-
-    def short(value: Any, mime: str) -> Any:
-        nonlocal dropped
-        if isinstance(value, list):
-            return [short(item, mime) for item in value]
-        if not isinstance(value, str) or len(value) <= limit:
-            return value
-        half = limit // 2 - MARKER_CHARS
-        dropped += len(value) - 2 * half
-        if "/" in mime and mime != "text/plain":  # half an image is none
-            return None
-        marker = f"\n... (truncated, total {len(value)} chars) ...\n"
-        return value[:half] + marker + value[len(value) - half :]
-
-    cut = {key: short(value, "") for key, value in content.items()}
-    if isinstance(content.get("data"), dict):
-        data = {mime: short(value, mime) for mime, value in content["data"].items()}
-        gone = sorted(mime for mime, value in data.items() if value is None)
-        cut["data"] = {mime: value for mime, value in data.items() if value is not None}
-        if gone and "text/plain" not in cut["data"]:
-            cut["data"]["text/plain"] = f"<{', '.join(gone)}: too large to be kept>"
-    return {**cut, "dropped": dropped} if dropped else cut
-
-
 def failure(error: BaseException) -> dict[str, Any]:
     """The reply to a cell that IPython itself could not see through."""
     name, text = type(error).__name__, _message(error)
@@ -415,7 +311,10 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     global _guest
     bridge, guard, kernel = modules["bridge"], modules["guard"], shell.kernel
     # What can be done again is: a cell may have undone it.
-    kernel.session.pack, kernel.session.unpack = packer(options["message_chars"]), unpacker()
+    kernel.session.pack, kernel.session.unpack = (
+        modules["messages"].packer(options["message_chars"]),
+        modules["messages"].unpacker(),
+    )
     kernel.do_execute = functools.partial(_execute, type(kernel).do_execute.__get__(kernel))
     served = type(kernel).execute_request.__get__(kernel)
     kernel.shell_handlers["execute_request"] = functools.partial(_serve, served)
@@ -429,7 +328,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
         kernel.log.setLevel("WARNING")
         if options["seed"] is not None:
-            seed_generators(options["seed"])
+            modules["seeds"].seed_generators(options["seed"])
         streams = tuple(
             modules["streams"].adopt(s, options["stream_chars"]) for s in (sys.stdout, sys.stderr)
         )

@@ -67,6 +67,7 @@ class CellStream(OutStream):
     flush_timeout = 2  # a cell may have stopped the thread that publishes
 
     # Set by `adopt`, which turns a stream that exists into one of this class.
+    _fid: int
     _allowance_size: int
     _allowances: dict[str, Allowance]
     _pending: dict[str, tuple[Any, list[str]]]
@@ -106,7 +107,7 @@ class CellStream(OutStream):
                 self._pending[identifier] = header, []
             self._pending[identifier][1].append(text)
         if os.getpid() == self._master_pid:
-            self._schedule_flush()
+            self._schedule_flush()  # type: ignore[no-untyped-call]
         elif "\n" in text:  # a forked child: by lines, because nobody promises that it will flush
             self._flush()
 
@@ -125,7 +126,7 @@ class CellStream(OutStream):
     def _flush(self) -> None:
         # Under the lock until all is handed over: who finds nothing pending may rely on the order.
         with self._buffer_lock:
-            super()._flush()
+            super()._flush()  # type: ignore[no-untyped-call]
 
     def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
         pending, self._pending = self._pending, {}
@@ -224,8 +225,8 @@ def adopt(stream: Any, allowance: int) -> Any:
 
     A stream of an ipykernel that is built otherwise (before 6.29) stays what it is.
     """
-    if isinstance(stream, OutStream) and not isinstance(stream, CellStream):
-        if hasattr(stream, "_parent_header_global") and getattr(stream, "_fid", None) is not None:
-            stream.__class__ = CellStream
-            stream.begin(allowance)  # type: ignore[attr-defined]
+    is_known = isinstance(stream, OutStream) and hasattr(stream, "_parent_header_global")
+    if is_known and getattr(stream, "_fid", None) is not None and not isinstance(stream, CellStream):
+        stream.__class__ = CellStream
+        stream.begin(allowance)
     return stream

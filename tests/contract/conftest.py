@@ -116,7 +116,7 @@ def kernel_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def start(kernel_name: str) -> Iterator[StartEnv]:
-    """Start an episode, `start(reset={…}, **options)`, in the kind of kernel under test; closed at the end."""
+    """Start an episode in the kind of kernel under test, `start(reset={…}, **options)`; closed at the end."""
     made: list[LocalREPLEnv] = []
 
     def start_one(reset: dict[str, Any] | None = None, **options: Any) -> LocalREPLEnv:
