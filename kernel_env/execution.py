@@ -83,6 +83,8 @@ class Running:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """The request has ended, or was told to stop."""
     stop_reason: str | None = None
+    why: str | None = None
+    """Why it had to be ended; None if it ended by itself, or with its kernel."""
     is_stoppable: bool = True
     is_cell: bool = False
     """A cell of the policy: output that comes late from earlier ones shows here."""
@@ -106,7 +108,7 @@ class Running:
     @property
     def is_aborted(self) -> bool:
         """Not run, because a cell of another client failed before it."""
-        return self.reply is not None and self.reply.get("status") == "aborted"
+        return self.why is None and self.reply is not None and self.reply.get("status") == "aborted"
 
     @property
     def is_half_ended(self) -> bool:
@@ -175,9 +177,9 @@ class Running:
                     text = without_colours(data["text/plain"])
                     self.outputs.add("display_data", {"data": {"text/plain": text}})
 
-    def conclude(self, process_end: str, why: str | None, *, killed: bool) -> Execution:
-        """What came of the request: `why` it was stopped, if it was, and how the process ended, if it did."""
-        reply = self.reply or {}
+    def conclude(self, process_end: str, *, killed: bool) -> Execution:
+        """What came of the request, and how the process ended, if it did."""
+        reply, why = self.reply or {}, self.why
         status: Status = "ok" if reply.get("status") == "ok" else "error"
         ename, evalue = reply.get("ename", reply.get("status")), reply.get("evalue", "")
         exception = None if status == "ok" else f"{ename}: {evalue}"

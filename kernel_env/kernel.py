@@ -167,18 +167,9 @@ class Kernel:
         if (refused := refusal(code)) is not None:
             return refused
         outputs = Outputs(self._setup.limits.cell_output, on_output)
-        sent = time.monotonic()
         with self._occupied():
-            while True:
-                content = _execute_content(code, silent=False)
-                running = self._begin("execute_request", content, outputs=outputs)
-                running.is_cell, running.sent = True, sent
-                for late in self._late:
-                    outputs.add(*late)
-                self._late.clear()
-                execution = await self._see_through(running, *self._bounds(active, total))
-                if not running.is_aborted or execution.status != "error":
-                    break
+            content = _execute_content(code, silent=False)
+            running, execution = await self._serve(content, None, outputs, active, total)
             if running.died:
                 return await self._take_over(execution)
             if execution.report is None:
@@ -201,9 +192,26 @@ class Kernel:
             return refused
         request = {"expression": expression, "convert": convert}
         with self._occupied():
-            running = self._begin("execute_request", _execute_content(_RUN_SEND_TEXT, silent=True), request)
-            execution = await self._see_through(running, *self._bounds(active, total))
+            content = _execute_content(_RUN_SEND_TEXT, silent=True)
+            running, execution = await self._serve(content, request, None, active, total)
             return await self._take_over(execution) if running.died else execution
+
+    async def _serve(
+        self,
+        content: dict[str, Any],
+        metadata: dict[str, Any] | None,
+        outputs: Outputs | None,
+        active: float | None,
+        total: float | None,
+    ) -> tuple[Running, Execution]:
+        """Send a request and see it through; again, where a failing cell of another client took it along."""
+        sent = time.monotonic()
+        while True:
+            running = self._begin("execute_request", content, metadata, outputs)
+            running.sent = sent
+            execution = await self._see_through(running, *self._bounds(active, total))
+            if not running.is_aborted:
+                return running, execution
 
     def _bounds(self, active: float | None, total: float | None) -> tuple[float, float]:
         limits = self._setup.limits
@@ -260,7 +268,12 @@ class Kernel:
             id=identifier,
             outputs=outputs or Outputs(self._setup.limits.cell_output),
             cell=self._bridge.begin(identifier),
+            is_cell=outputs is not None,
         )
+        if running.is_cell:
+            for late in self._late:
+                running.outputs.add(*late)
+            self._late.clear()
         running.cell.on_broken = running.break_down
         running.is_behind_others = bool(self._others)
         self._running = running
@@ -315,10 +328,10 @@ class Kernel:
 
     async def _see_through(self, running: Running, active: float, total: float) -> Execution:
         """Wait for the end of a request, or bring it about; `running.died` says whether the kernel did."""
-        why, killed = None, False
+        killed = False
         broken = self._process.broken + self._bridge.refused
         try:
-            why = await running.until_end(active, total, self._process.drain)
+            why = running.why = await running.until_end(active, total, self._process.drain)
             if running.fault is not None:
                 await self._process.settle()
                 await self._process.terminate()
@@ -331,7 +344,7 @@ class Kernel:
                 await asyncio.wait(set(running.cell.in_flight), timeout=1.0)
         finally:
             self._finish(running)
-        execution = running.conclude(self._process.end, why, killed=killed)
+        execution = running.conclude(self._process.end, killed=killed)
         if broken := self._process.broken + self._bridge.refused - broken:
             note = f"{broken} malformed or unauthorised messages from the kernel were not taken."
             execution = replace(execution, notes=(*execution.notes, note))

@@ -18,6 +18,7 @@ from kernel_env import Limits
 from kernel_env.bridge import Bridge
 from kernel_env.calls import Helper
 from kernel_env.episode import Context
+from kernel_env.install import describe
 
 
 async def echo(text: str, times: int = 1) -> str:
