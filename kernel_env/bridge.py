@@ -1,7 +1,7 @@
 """Host end of the helper channel: authenticate, decode, validate, dispatch, reply, record.
 
-A Unix socket in the kernel's private folder. A frame is eight bytes of length (big endian), then JSON;
-the first frame of a connection holds the kernel's token. Then, one at a time for each connection:
+A Unix socket in the kernel's private folder. A frame is eight bytes of length (big endian), then JSON in
+UTF-8 with `surrogatepass`, for as escapes two lone surrogates would come back as one character; the first frame of a connection holds the kernel's token. Then, one at a time for each connection:
 
     {"op": "call", "cell": id, "name": …, "arguments": {…}}  →  {"ok": value, "failed": [index…]}
     {"op": "submit", "cell": id, "text": …}                  →  {"ok": null}
@@ -40,7 +40,7 @@ _LENGTH = struct.Struct(">Q")
 _HELLO_BYTES = 4096
 _CONTEXT_PIECE = 2**24
 _ENCODED_AT_ONCE = 2**18  # small enough for memory that is there already: 0.24 s for 1 GB instead of 1.4
-_to_json = json.JSONEncoder(allow_nan=False).encode
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 
 def _refuse_constant(name: str) -> None:
@@ -287,7 +287,7 @@ class _Connection(asyncio.Protocol):
 
     def _take(self, frame: bytearray) -> bool:
         try:
-            message = _from_json(frame.decode())
+            message = _from_json(frame.decode("utf-8", "surrogatepass"))
         except (ValueError, RecursionError):
             return False
         if not isinstance(message, dict):
@@ -347,4 +347,4 @@ def _encode_result(name: str, result: Any) -> bytes:
 
 
 def _encode(reply: dict[str, Any]) -> bytes:
-    return _to_json(reply).encode("ascii")
+    return _to_json(reply).encode("utf-8", "surrogatepass")

@@ -1,18 +1,21 @@
-"""What of ours goes into a kernel: the guest's sources and their options."""
+"""What goes into a new kernel: the guest's sources and their options."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernel_env.bridge import Bridge
 from kernel_env.calls import Helper
 from kernel_env.config import Limits
+from kernel_env.episode import Context
 from kernel_env.outputs import half
 
-__all__ = ["RUN_BOOT", "describe", "install_request"]
+__all__ = ["RUN_BOOT", "KernelSetup", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
 _MODULES = ("bridge", "streams", "messages", "guard", "seeds", "helpers")
@@ -24,19 +27,29 @@ RUN_BOOT = (
 )
 
 
-def install_request(
-    bridge: Bridge, folder: Path, session: str, helpers: dict[str, Helper], limits: Limits, seed: int | None
-) -> dict[str, Any]:
-    """The metadata that `RUN_BOOT` installs the guest from; `folder` also gets what spawned processes need.
+@dataclass(frozen=True, kw_only=True)
+class KernelSetup:
+    """What every kernel of one episode is started with."""
+
+    kernel_name: str
+    limits: Limits
+    helpers: Mapping[str, Helper]
+    context: Context
+    seed: int | None
+
+
+def install_request(setup: KernelSetup, bridge: Bridge, session: str) -> dict[str, Any]:
+    """The metadata that `RUN_BOOT` installs the guest from; the folder also gets what spawned processes need.
 
     Sent as text, not imported from its place, so that any kernelspec's environment will do.
     """
+    limits, folder = setup.limits, bridge.path.parent / "guest"
     channel = {
         "socket": str(bridge.path),
         "token": bridge.token,
         "frame_bytes": limits.helper_frame_bytes,
         "answer_bytes": limits.answer_bytes,
-        "helpers": [describe(name, helper) for name, helper in helpers.items()],
+        "helpers": [describe(name, helper) for name, helper in setup.helpers.items()],
     }
     sources = {name: _source(name) for name in _MODULES}
     (folder / "_kernel_env_bridge.py").write_text(sources["bridge"], "utf-8")
@@ -45,7 +58,7 @@ def install_request(
     options = channel | {
         "session": session,
         "folder": str(folder),
-        "seed": seed,
+        "seed": setup.seed,
         "message_chars": limits.cell_output,
         "stream_chars": half(limits.cell_output),
     }

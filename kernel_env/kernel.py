@@ -7,23 +7,20 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from kernel_env.bridge import Bridge
-from kernel_env.calls import Helper
-from kernel_env.config import Limits
-from kernel_env.episode import Context
 from kernel_env.errors import KernelDied, KernelError, KernelStartError
 from kernel_env.execution import PAYLOAD, Execution, Report, Running, refusal
 from kernel_env.folder import KernelFolder, sweep
-from kernel_env.install import RUN_BOOT, install_request
+from kernel_env.install import RUN_BOOT, KernelSetup, install_request
 from kernel_env.outputs import Output, Outputs, plain_traceback
 from kernel_env.portal import run_in_thread
 from kernel_env.process import KernelProcess
 
-__all__ = ["Kernel", "KernelSetup"]
+__all__ = ["Kernel"]
 
 log = logging.getLogger("kernel_env.kernel")
 
@@ -35,17 +32,6 @@ _RUN_SEND_TEXT = (
     "__import__('_kernel_env_helpers').send_text_of("
     "**get_ipython().kernel.get_parent()['metadata']['kernel_env'])"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelSetup:
-    """What every kernel of one episode is started with."""
-
-    kernel_name: str
-    limits: Limits
-    helpers: Mapping[str, Helper]
-    context: Context
-    seed: int | None
 
 
 class Kernel:
@@ -130,14 +116,7 @@ class Kernel:
 
     async def _install(self) -> Report:
         setup = self._setup
-        request = install_request(
-            self._bridge,
-            self._process.folder.path / "guest",
-            self._process.session.session,
-            dict(setup.helpers),
-            setup.limits,
-            setup.seed,
-        )
+        request = install_request(setup, self._bridge, self._process.session.session)
         running = self._begin("execute_request", _execute_content(RUN_BOOT, silent=True), request)
         running.is_stoppable = False
         # A large context takes its time: this is part of the start, whatever a cell may take.

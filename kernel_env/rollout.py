@@ -21,7 +21,8 @@ from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import EpisodeOver, KernelDied, ResetRequired, RubricError
 from kernel_env.execution import Execution
 from kernel_env.helpers import HostHelpers
-from kernel_env.kernel import Kernel, KernelSetup
+from kernel_env.install import KernelSetup
+from kernel_env.kernel import Kernel
 from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
 from kernel_env.rubrics import Scorer
 from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation

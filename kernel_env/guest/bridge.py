@@ -1,7 +1,7 @@
 """Kernel end of the helper channel: a Unix socket to the host, and functions that call through it.
 
 Runs inside the kernel and in processes it starts, on the standard library alone. A frame is eight bytes
-of length (big endian), then JSON. Every thread of every process has a connection of its own and one request
+of length (big endian), then JSON in UTF-8 with `surrogatepass`. Every thread of every process has a connection of its own and one request
 on it at a time. What a cell may replace in `socket`, `json` or `os` is taken at import: the channel must
 outlive a monkeypatch.
 """
@@ -32,7 +32,7 @@ SHOWN_ANSWER_CHARS = 200
 MODULE = "kernel_env_helpers"  # where a spawned process finds them: `child.py` under this name
 CELL_VARIABLE = "KERNEL_ENV_CELL"
 
-_to_json = json.JSONEncoder(allow_nan=False).encode
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _from_json = json.JSONDecoder().decode
 
 # A process that a cell spawns has nothing of this but its environment variables.
@@ -74,7 +74,7 @@ class Channel:
 
         Raises TypeError or ValueError for what is no JSON value, HelperError for what is too large.
         """
-        payload = _to_json({**message, "cell": current_cell()}).encode("ascii")
+        payload = _to_json({**message, "cell": current_cell()}).encode("utf-8", "surrogatepass")
         if len(payload) > self._frame_bytes and message["op"] != "submit":  # an answer has a limit of its own
             raise HelperError(
                 f"the call has {len(payload):,} bytes; Limits.helper_frame_bytes is {self._frame_bytes:,}"
@@ -93,7 +93,7 @@ class Channel:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # why it was closed stands in it
                 connection.sendall(frame)
-            reply = _from_json(_receive_frame(connection).decode())
+            reply = _from_json(_receive_frame(connection).decode("utf-8", "surrogatepass"))
         except BaseException as error:
             self._close()
             if isinstance(error, (OSError, EOFError)):
@@ -141,7 +141,7 @@ class Channel:
         try:
             connection.sendall(frame)
             head, ancillary, _, _ = connection.recvmsg(FIRST_READ, CMSG_LEN(FD.size))
-            reply = _from_json(_receive_frame(connection, head).decode())
+            reply = _from_json(_receive_frame(connection, head).decode("utf-8", "surrogatepass"))
         except BaseException:  # as in `exchange`
             self._close()
             raise

@@ -40,6 +40,8 @@ class Guard:
     """What a kernel needs to run the next cell, as it was before the first."""
 
     def __init__(self, shell: Any, streams: tuple[Any, Any]) -> None:
+        self.is_interruptible = False
+        """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
         self._shell = shell
         self._streams = streams
         self._shell_parts = {name: getattr(shell, name) for name in SHELL}
@@ -57,18 +59,22 @@ class Guard:
         shell._tee = lambda channel: contextlib.nullcontext()
 
     def before_cell(self) -> None:
-        """Let interrupts through."""
+        """Let interrupts through, when the cell's code runs."""
+        set_signal(signal.SIGINT, self._on_sigint)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for stream in self._streams:
             vars(stream).pop("write", None)
 
+    def _on_sigint(self, *_: Any) -> None:
+        if self.is_interruptible:
+            raise KeyboardInterrupt
+
     def after_cell(self, *, has_failed: bool) -> list[str]:
-        """Put back what the cell broke and name it; from here on no interrupt and no timer strikes.
+        """Put back what the cell broke and name it; from here on no timer strikes.
 
         A function that was replaced by another stays, unless the kernel `has_failed` to run the cell.
         """
         broken = self.restore_functions(even_callable=has_failed)
-        set_signal(signal.SIGINT, signal.SIG_IGN)  # ipykernel puts its own back before the next request
         if sys.getrecursionlimit() < self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
             broken.append("the recursion limit")
@@ -143,12 +149,12 @@ class Guard:
 
     @contextlib.contextmanager
     def cell_code(self) -> Iterator[None]:
-        """Run code of the cell's after the cell: an interrupt reaches it."""
-        set_signal(signal.SIGINT, signal.default_int_handler)
+        """Run code of the cell's: an interrupt reaches it."""
         try:
+            self.is_interruptible = True
             yield
         finally:
-            set_signal(signal.SIGINT, signal.SIG_IGN)
+            self.is_interruptible = False
 
     @contextlib.contextmanager
     def cell_code_for(self, seconds: float) -> Iterator[None]:

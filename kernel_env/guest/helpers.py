@@ -138,8 +138,10 @@ class Guest:
         has_failed = False
         self.guard.before_cell()
         try:
-            reply: dict[str, Any] = await do_execute(*args, **kwargs)
+            with self.guard.cell_code():
+                reply: dict[str, Any] = await do_execute(*args, **kwargs)
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
+            self.guard.is_interruptible = False
             notes.append(f"IPython could not run the cell to its end: {type(error).__name__}")
             reply, has_failed = failure(error), not isinstance(error, KeyboardInterrupt)
         if getpid() != self.pid:
@@ -336,6 +338,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     else:
         the_guard = _guest.guard
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
+    # Around every request ipykernel lets SIGINT raise anywhere in itself, which costs the reply.
+    kernel.pre_handler_hook = kernel.post_handler_hook = lambda: None
     _guest = Guest(shell, bridge, the_guard, options)
     _guest.lifeline = _guest.channel.connect()
     guard.die_with(_guest.lifeline)

@@ -1,0 +1,111 @@
+"""Cells that break their own kernel: the next step works, or a fresh kernel takes over and says so."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kernel_env import Limits, LocalREPLEnv
+
+from .conftest import StartEnv
+from .hostile import KEPT, LOST, cell
+
+NEXT = "print('next', llm_query('q'), len(context))\n40 + 2"
+
+
+def assert_whole(env: LocalREPLEnv) -> None:
+    """A step in `env` does all that a step does."""
+    observation = env.execute(NEXT).observation
+    assert observation.result.stdout == "next Q 3\n42\n"
+    assert (observation.status, observation.restarted) == ("ok", False)
+    assert env.execute("1 / 0").observation.result.exception == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kernel_that_a_cell_broke_goes_on_with_its_variables(start: StartEnv, name: str) -> None:
+    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+    env.execute("kept = 1")
+    observation = env.execute(cell(KEPT[name])).observation
+    assert observation.status in ("ok", "error")
+    assert "IN REPR" not in observation.result.stdout
+    assert_whole(env)
+    assert env.execute("kept").observation.result.stdout == "1\n"
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(
+    start: StartEnv, name: str
+) -> None:
+    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+    env.execute("lost = 1")
+    begin = time.monotonic()
+    observation = env.execute(cell(LOST[name])).observation
+    assert time.monotonic() - begin < 15
+    assert (observation.status, observation.restarted) == ("died", True)
+    assert "lost" in observation.lost_variables
+    assert "A fresh kernel took over; lost variables:" in observation.result.stderr
+    assert_whole(env)
+
+
+@pytest.mark.parametrize(
+    ("code", "restored"),
+    [
+        ("import sys; sys.stdout = None", "sys.stdout"),
+        ("import os; os.close(1)", "file descriptor 1"),
+        ("import builtins; del builtins.print", "builtins.print"),
+        ("import json; json.dumps = None", "json.dumps"),
+        ("import signal; signal.alarm(5);", "a timer"),
+        ("import sys; sys.modules.clear()", "sys.modules"),
+        ("FINAL = llm_query = 1", "FINAL, llm_query"),
+    ],
+)
+def test_what_was_put_back_is_named(start: StartEnv, code: str, restored: str) -> None:
+    env = start(llm_query_fn=str.upper)
+    observation = env.execute(code).observation
+    assert f"[kernel_env] Restored: {restored}." in observation.result.stderr
+
+
+def test_what_was_replaced_on_purpose_stays(start: StartEnv) -> None:
+    env = start()
+    env.execute("import builtins, time; builtins.abs = lambda x: 7; time.sleep = print")
+    assert env.execute("abs(1), time.sleep is print").observation.result.stdout == "(7, True)\n"
+
+
+def test_a_reset_namespace_keeps_helpers_and_context(start: StartEnv) -> None:
+    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+    for code in ("%reset -f", "get_ipython().reset()"):
+        env.execute("gone = 1")
+        assert "Restored: FINAL," in env.execute(code).observation.result.stderr
+        assert_whole(env)
+        assert env.execute("gone").observation.status == "error"
+
+
+def test_a_repr_that_hangs_costs_its_snapshot_a_second(start: StartEnv) -> None:
+    env = start()
+    observation = env.execute(cell(KEPT["repr spins"])).observation
+    assert observation.result.locals_snapshot["spins"] == "<repr raised TookTooLong>"
+    assert observation.result.execution_time < 5
+
+
+def test_an_answer_that_cannot_be_text_is_said_once(start: StartEnv) -> None:
+    env = start(limits=Limits(interrupt_grace=5))
+    code = """
+class Hangs:
+    def __str__(self):
+        while True: pass
+answer = {'content': Hangs(), 'ready': True}
+"""
+    observation = env.execute(code, timeout_s=0.5).observation
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert "answer not submitted: KeyboardInterrupt" in observation.result.stderr
+    assert env.execute("answer['ready']").observation.result.stdout == "False\n"
+
+
+def test_a_kernel_that_dies_costs_no_other_episode_anything(start: StartEnv) -> None:
+    other = start()
+    other.execute("x = 5")
+    for name in ("SIGKILL", "descriptors are closed"):
+        start().execute(cell(LOST[name]))
+    observation = other.execute("x").observation
+    assert (observation.result.stdout, observation.restarted) == ("5\n", False)

@@ -1,0 +1,185 @@
+"""A kernel's death, at any point, is a typed observation within a second."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+
+import pytest
+
+from kernel_env import KernelStartError, Limits, LocalREPLEnv
+from kernel_env.bridge import Bridge
+
+from .conftest import StartEnv
+
+DEATHS = {
+    "os._exit": ("import os; os._exit(3)", "exited with code 3"),
+    "SIGKILL": ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+    "SIGTERM": ("import os; os.kill(os.getpid(), 15)", "was killed by SIGTERM"),
+    "a segmentation fault": ("import ctypes; ctypes.string_at(0)", "was killed by SIGSEGV"),
+    "abort": ("import os; os.abort()", "was killed by SIGABRT"),
+    "in a thread": (
+        "import os, threading, time; threading.Thread(target=os._exit, args=(4,)).start(); time.sleep(60)",
+        "exited with code 4",
+    ),
+    "while it publishes 100 MB": (
+        "from IPython.display import display\nimport os, threading\n"
+        "display({'image/png': 'x' * 1_000_000}, raw=True)\n"
+        "for _ in range(100): display({'image/png': 'x' * 1_000_000}, raw=True)\nos._exit(5)",
+        "exited with code 5",
+    ),
+    "in the report": (
+        "import os\nclass C:\n    def __repr__(self): os._exit(6)\nc = C()",
+        "exited with code 6",
+    ),
+    "in a forked child's parent": ("import os\nif os.fork(): os._exit(7)\nos._exit(0)", "exited with code 7"),
+    "in await": (
+        "import asyncio, os; asyncio.get_running_loop().call_later(0.1, os._exit, 8); await asyncio.sleep(9)",
+        "exited with code 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_death_in_a_cell_is_an_observation_within_a_second(start: StartEnv, name: str) -> None:
+    code, end = DEATHS[name]
+    env = start({"context": "ctx"})
+    env.execute("lost = 1")
+    begin = time.monotonic()
+    observation = env.execute(f"print('before', flush=True)\n{code}").observation
+    # The seconds on top are for the fresh kernel, on a loaded machine; the death itself is timed below.
+    assert time.monotonic() - begin < 10
+    assert observation.result.execution_time < 3
+    assert (observation.status, observation.restarted, observation.done) == ("died", True, False)
+    assert observation.result.exception == f"KernelDied: the kernel {end}"
+    assert observation.lost_variables == ["lost"]
+    assert env.execute("context").observation.result.stdout == "'ctx'\n"
+
+
+def test_a_death_is_seen_at_once(start: StartEnv) -> None:
+    env = start(limits=Limits(restarts=1))
+    times = []
+    for _ in range(2):
+        begin = time.time()
+        observation = env.execute("import os, time; print(time.time(), flush=True); os._exit(1)").observation
+        died = float(observation.result.stdout) if observation.result.stdout else begin
+        times.append(env.episode.turns[-1].started + observation.result.execution_time - died)
+    assert min(times) < 1.0
+
+
+def test_a_death_while_a_helper_is_called_is_seen_and_the_call_recorded(start: StartEnv) -> None:
+    called = threading.Event()
+
+    def kill(pid: int) -> None:
+        called.set()
+        os.kill(pid, signal.SIGKILL)
+        threading.Event().wait(600)
+
+    env = start(tools={"kill": kill})
+    observation = env.execute("import os; kill(os.getpid())").observation
+    assert (observation.status, observation.restarted) == ("died", True)
+    assert observation.result.execution_time < 3
+    (call,) = env.episode.turns[-1].helper_calls
+    assert call.error is not None
+    assert "cancelled" in call.error
+
+
+def test_a_death_between_steps_is_told_by_the_next(start: StartEnv) -> None:
+    env = start()
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
+        pid = int(env.execute("import os; print(os.getpid())").observation.result.stdout)
+        descriptor = os.pidfd_open(pid)
+        os.kill(pid, number)
+        select.select([descriptor], [], [], 20)
+        os.close(descriptor)
+        observation = env.execute("x = 1").observation
+        assert (observation.status, observation.restarted) == ("died", True)
+        assert observation.result.exception == f"KernelDied: the kernel was killed by {number.name}"
+
+
+def test_a_forked_child_may_die_as_it_likes(start: StartEnv) -> None:
+    env = start()
+    code = """
+import os, signal
+for number in (9, 11, 15):
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    observation = env.execute(code).observation
+    assert (observation.status, observation.result.stdout) == ("ok", "-9\n-11\n-15\n")
+
+
+def test_quit_ends_the_cell_only(start: StartEnv) -> None:
+    env = start()
+    for code in ("quit()", "exit()", "get_ipython().ask_exit()", "import sys; sys.exit(3)", "%exit", "exit"):
+        env.execute("x = 1")
+        assert not env.execute(f"{code}\nx = 2").observation.restarted
+        assert env.execute("print('on')").observation.result.stdout == "on\n"
+
+
+def test_memory_that_is_not_there_is_an_error_of_the_cell(start: StartEnv) -> None:
+    env = start()
+    observation = env.execute("kept = 1\nx = bytearray(10**14)").observation
+    assert (observation.status, observation.result.exception) == ("error", "MemoryError: ")
+    assert env.execute("kept").observation.result.stdout == "1\n"
+
+
+def test_a_kernel_that_runs_out_of_memory_for_good_is_replaced(start: StartEnv) -> None:
+    env = start()
+    code = """
+import resource
+size = int(open('/proc/self/statm').read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, size + 2**24))
+hoard = []
+try:
+    while True: hoard.append(bytearray(2**20))
+except MemoryError: pass
+try:
+    while True: hoard.append(bytearray(100))
+except MemoryError: pass
+"""
+    observation = env.execute(code, timeout_s=20).observation
+    if (
+        not observation.restarted
+    ):  # what the cell left is enough to go on, or the next step finds that it is not
+        observation = env.execute("1 + 1").observation
+        assert observation.result.stdout == "2\n" or observation.restarted
+    assert env.execute("print('on')").observation.result.stdout == "on\n"
+
+
+def test_a_death_at_the_start_is_an_error_that_says_how(
+    kernel_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel_env.kernel.RUN_BOOT", "__import__('os')._exit(9)")
+    env = LocalREPLEnv(kernel_name=kernel_name)
+    begin = time.monotonic()
+    with pytest.raises(KernelStartError, match="exited with code 9"):
+        env.reset()
+    assert time.monotonic() - begin < 10
+    env.close()
+
+
+def test_a_kernel_killed_while_it_takes_its_context_is_an_error(kernel_name: str) -> None:
+    env = LocalREPLEnv(kernel_name=kernel_name)
+    original = Bridge.context_piece
+
+    def kill(bridge: Bridge, request: dict[str, object]) -> tuple[int, dict[str, object]]:
+        connection = next(iter(bridge.connections))
+        credentials = connection._transport.get_extra_info("socket").getsockopt(1, 17, 12)  # SO_PEERCRED
+        os.kill(int.from_bytes(credentials[:4], "little"), signal.SIGKILL)
+        return original(bridge, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bridge, "context_piece", kill)
+        with pytest.raises(KernelStartError, match="was killed by SIGKILL"):
+            env.reset(context="x" * 100)
+    env.reset(context="x" * 100)
+    assert env.execute("len(context)").observation.result.stdout == "100\n"
+    env.close()

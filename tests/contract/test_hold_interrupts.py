@@ -1,0 +1,220 @@
+"""Interrupts reach whatever a cell does; where they cannot, the kill follows, and the observation says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from kernel_env import Limits, LocalREPLEnv, REPLAction, REPLEnvironment
+
+from .conftest import StartEnv
+
+INTERRUPTED = {
+    "await": "import asyncio; await asyncio.sleep(600)",
+    "await of a task": "import asyncio; await asyncio.create_task(asyncio.sleep(600))",
+    "await of many": "import asyncio; await asyncio.gather(*(asyncio.sleep(600) for _ in range(9)))",
+    "an async cell that spins": "import asyncio; await asyncio.sleep(0)\nwhile True: pass",
+    "a task that spins": """
+        import asyncio
+        async def spin():
+            while True: pass
+        task = asyncio.create_task(spin())
+        await asyncio.sleep(600)
+        """,
+    "a callback that spins": """
+        import asyncio
+        def spin():
+            while True: pass
+        asyncio.get_running_loop().call_soon(spin)
+        await asyncio.sleep(600)
+        """,
+    "an async function that sleeps": "import asyncio, time\nawait asyncio.sleep(0)\ntime.sleep(600)",
+    "a loop": "while True: pass",
+    "sleep": "import time; time.sleep(600)",
+    "a lock": "import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "a queue": "import queue; queue.Queue().get()",
+    "a pipe": "import os; r, w = os.pipe(); os.read(r, 1)",
+    "a C call that checks for signals": "import re; re.match(r'(a*)*b', 'a' * 40)",
+    "a loop that blocks SIGINT": """
+        import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        while True: pass
+        """,
+    "a subprocess": "import subprocess; subprocess.run(['sleep', '600'])",
+    "a subprocess in its own session": """
+        import subprocess
+        subprocess.run(['sleep', '600'], start_new_session=True)
+        """,
+    "a shell command": "!sleep 600",
+    "a thread pool": """
+        import time
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(4) as pool: list(pool.map(llm_query, 'abcdefghijklmnop'))
+        """,
+    "a helper": "llm_query('x')",
+    "a generator": "all(True for _ in iter(int, 1))",
+    "a handler that catches one": """
+        try:
+            while True: pass
+        except BaseException: pass
+        """,
+}
+
+KILLED = {
+    "a handler that catches all": """
+        import time
+        while True:
+            try:
+                while True: time.sleep(0.01)
+            except BaseException: pass
+        """,
+    "a loop with a handler of its own": """
+        import signal; signal.signal(signal.SIGINT, lambda *a: None)
+        while True: pass
+        """,
+    "a loop that ignores SIGINT": """
+        import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while True: pass
+        """,
+    "an async cell that catches all": """
+        import asyncio
+        while True:
+            try: await asyncio.sleep(600)
+            except BaseException: pass
+        """,
+    "C code that holds the GIL": "sum(range(10**12))",
+    "a kernel that stopped itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+async def never(prompt: str) -> str:
+    await asyncio.sleep(3600)
+    return prompt
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupt_reaches_the_cell_and_keeps_its_variables(start: StartEnv, name: str) -> None:
+    # Total time, because waiting for helpers is not active time.
+    env = start(llm_query_fn=never, limits=Limits(cell_total=1.0, interrupt_grace=10))
+    env.execute("kept = 1")
+    begin = time.monotonic()
+    observation = env.execute(textwrap.dedent(INTERRUPTED[name])).observation
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert time.monotonic() - begin < 5  # 1 s until the interrupt, at once on a quiet machine from there
+    assert "it was interrupted and its variables are kept" in observation.result.stderr
+    after = env.execute("print(kept)").observation
+    assert (after.status, after.result.stdout) == ("ok", "1\n")
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_cell_that_no_interrupt_reaches_costs_the_kernel(start: StartEnv, name: str) -> None:
+    env = start(limits=Limits(interrupt_grace=0.5))
+    env.execute("lost = 1")
+    observation = env.execute(textwrap.dedent(KILLED[name]).strip(), timeout_s=0.5).observation
+    assert (observation.status, observation.restarted) == ("timeout", True)
+    assert "it ignored the interrupt and its kernel was killed" in observation.result.stderr
+    assert "lost" in observation.lost_variables
+    assert env.execute("1 + 1").observation.result.stdout == "2\n"
+
+
+def test_code_that_holds_the_gil_from_the_start_is_bounded_by_its_active_time(start: StartEnv) -> None:
+    env = start(limits=Limits(interrupt_grace=0.5))
+    begin = time.monotonic()
+    observation = env.execute("sum(range(10**12))", timeout_s=1.0).observation
+    assert time.monotonic() - begin < 8
+    assert observation.status == "timeout"
+
+
+def test_a_cell_after_an_interrupted_one_is_not_interrupted(start: StartEnv) -> None:
+    env = start()
+    for _ in range(5):
+        assert env.execute("while True: pass", timeout_s=0.1).observation.status == "timeout"
+        assert env.execute("import time; time.sleep(0.2)").observation.status == "ok"
+
+
+CTRL_C = """
+import os, signal
+from kernel_env import LocalREPLEnv
+
+def interrupt(output):
+    if output["output_type"] == "stream":
+        os.kill(os.getpid(), signal.SIGINT)
+
+with LocalREPLEnv(on_output=interrupt) as env:
+    env.reset()
+    try:
+        env.execute("x = 1; print('on', flush=True)\\nimport time; time.sleep(600)")
+    except KeyboardInterrupt:
+        print("interrupted", len(env.episode.turns), env.episode.turns[0].observation.result.exception)
+    print(env.execute("x;").observation.status, env.get_variable("x").observation.result.stdout)
+"""
+
+
+def test_ctrl_c_in_the_caller_leaves_the_episode_usable() -> None:
+    done = subprocess.run([sys.executable, "-c", CTRL_C], capture_output=True, text=True, timeout=60)
+    assert done.stdout == (
+        "interrupted 1 KeyboardInterrupt: the cell was stopped because the caller interrupted it\nok 1\n\n"
+    ), done.stderr
+
+
+@pytest.mark.parametrize(
+    "code", ["while True: pass", "import asyncio; await asyncio.sleep(600)", "llm_query('x')"]
+)
+def test_a_cancelled_step_leaves_the_episode_usable(kernel_name: str, code: str) -> None:
+    async def body() -> None:
+        printed = asyncio.Event()
+        env = REPLEnvironment(
+            kernel_name=kernel_name, llm_query_fn=never, on_output=lambda output: printed.set()
+        )
+        await env.reset_async()
+        step = asyncio.create_task(env.step_async(REPLAction(code=f"x = 1; print('on', flush=True)\n{code}")))
+        await printed.wait()
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        observation = await env.step_async(REPLAction(code="print(x)"))
+        assert (observation.status, observation.result.stdout) == ("ok", "1\n")
+        await env.close_async()
+
+    asyncio.run(body())
+
+
+def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> None:
+    """SIGINT at random moments: in IPython, in the report, in the streams, between cells."""
+    env = start()
+    pid = int(env.execute("import os; print(os.getpid())").observation.result.stdout)
+    ended = threading.Event()
+
+    def shoot() -> None:
+        while not ended.wait(0.003):
+            os.kill(pid, signal.SIGINT)
+
+    shooter = threading.Thread(target=shoot)
+    shooter.start()
+    try:
+        for _ in range(150):
+            observation = env.execute("class C: pass\nc = C()\nprint('x' * 1000)\nc").observation
+            assert observation.status in ("ok", "error")
+            assert not observation.restarted
+    finally:
+        ended.set()
+        shooter.join()
+    assert env.execute("print('whole')").observation.result.stdout == "whole\n"
+
+
+def test_the_environment_is_usable_after_every_kind_of_stop_in_one_episode(start: StartEnv) -> None:
+    env: LocalREPLEnv = start(limits=Limits(interrupt_grace=0.5, restarts=2))
+    for code, status in [
+        ("while True: pass", "timeout"),
+        ("import os; os._exit(1)", "died"),
+        (textwrap.dedent(KILLED["a loop that ignores SIGINT"]), "timeout"),
+    ]:
+        assert env.execute(code, timeout_s=0.5).observation.status == status
+        assert env.execute("print(1)").observation.result.stdout == "1\n"
