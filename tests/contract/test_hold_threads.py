@@ -114,26 +114,14 @@ def test_tasks_call_helpers_side_by_side(start: StartEnv) -> None:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        (
-            f"{FORK}    os.write(w, llm_query('a').encode()); os._exit(0)\n_ = os.wait(); os.read(r, 9).decode()",
-            "b'A'",
-        ),
-        (
-            f"{POOLS}with m.get_context('fork').Pool(2) as p: print(p.map(llm_query, ['a', 'b']))",
-            "['A', 'B']",
-        ),
-        (
-            f"{POOLS}with m.get_context('spawn').Pool(2) as p: print(p.map(llm_query, ['a', 'b']))",
-            "['A', 'B']",
-        ),
-        (
-            f"{POOLS}with P(2, m.get_context('forkserver')) as p: print(list(p.map(llm_query, 'ab')))",
-            "['A', 'B']",
-        ),
+        (f"{FORK}    os.write(w, llm_query('a').encode()); os._exit(0)\n_ = os.wait(); os.read(r, 9)", b"A"),
+        (f"{POOLS}with m.get_context('fork').Pool(2) as p: r = p.map(llm_query, 'ab')\nr", ["A", "B"]),
+        (f"{POOLS}with m.get_context('spawn').Pool(2) as p: r = p.map(llm_query, 'ab')\nr", ["A", "B"]),
+        (f"{POOLS}with P(2, m.get_context('forkserver')) as p: r = [*p.map(llm_query, 'ab')]\nr", ["A", "B"]),
     ],
     ids=["fork", "fork pool", "spawn pool", "forkserver pool"],
 )
-def test_helpers_work_in_child_processes(start: StartEnv, code: str, expected: str) -> None:
+def test_helpers_work_in_child_processes(start: StartEnv, code: str, expected: object) -> None:
     env = start(llm_query_fn=str.upper)
     observation = env.execute(code).observation
     assert (observation.result.stdout, observation.result.stderr) == (f"{expected!r}\n", "")
