@@ -1,7 +1,8 @@
 """Host end of the helper channel: authenticate, decode, validate, dispatch, reply, record.
 
 A Unix socket in the kernel's private folder. A frame is eight bytes of length (big endian), then JSON in
-UTF-8 with `surrogatepass`, for as escapes two lone surrogates would come back as one character; the first frame of a connection holds the kernel's token. Then, one at a time for each connection:
+UTF-8 with `surrogatepass`: as escapes, two lone surrogates would come back as one character. The first frame
+of a connection holds the kernel's token. Then, one at a time for each connection:
 
     {"op": "call", "cell": id, "name": …, "arguments": {…}}  →  {"ok": value, "failed": [index…]}
     {"op": "submit", "cell": id, "text": …}                  →  {"ok": null}

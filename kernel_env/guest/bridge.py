@@ -1,9 +1,9 @@
 """Kernel end of the helper channel: a Unix socket to the host, and functions that call through it.
 
-Runs inside the kernel and in processes it starts, on the standard library alone. A frame is eight bytes
-of length (big endian), then JSON in UTF-8 with `surrogatepass`. Every thread of every process has a connection of its own and one request
-on it at a time. What a cell may replace in `socket`, `json` or `os` is taken at import: the channel must
-outlive a monkeypatch.
+Runs inside the kernel and in processes it starts, on the standard library alone. A frame is eight bytes of
+length (big endian), then JSON in UTF-8 with `surrogatepass`. Every thread of every process has a connection
+of its own and one request on it at a time. What a cell may replace in `socket`, `json` or `os` is taken at
+import: the channel must outlive a monkeypatch.
 """
 
 from __future__ import annotations

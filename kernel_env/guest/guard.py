@@ -75,6 +75,7 @@ class Guard:
         A function that was replaced by another stays, unless the kernel `has_failed` to run the cell.
         """
         broken = self.restore_functions(even_callable=has_failed)
+        set_signal(signal.SIGINT, self._on_sigint)  # the cell's own must not run in what follows
         if sys.getrecursionlimit() < self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
             broken.append("the recursion limit")
