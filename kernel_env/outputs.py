@@ -25,7 +25,7 @@ Output = dict[str, Any]
 """One entry of a code cell's `outputs` (nbformat 4.5)."""
 
 _LARGEST_PIECE = 2**16
-_OVERHEAD = 64  # of an output that is no text: any number of empty ones would be "within the limit"
+_OVERHEAD = 64
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LIBRARY_PATH = re.compile(
     r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
@@ -58,6 +58,11 @@ class _Piece:
     size: int
     display_id: str | None = None
     in_tail: bool = False
+
+    @property
+    def weight(self) -> int:
+        """What it takes of the limit: any number of empty displays would be "within" one of text alone."""
+        return self.size + (0 if self.output["output_type"] == "stream" else _OVERHEAD)
 
 
 class Outputs:
@@ -131,30 +136,30 @@ class Outputs:
 
     def _update(self, content: dict[str, Any]) -> None:
         for piece in self._displays.get(_display_id(content) or "", []):
+            before = piece.weight
             room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
             output = piece.output
             output["data"] = _bounded_data(content.get("data") or {}, room)
             output["metadata"] = _plain_metadata(content)
-            size = _size(output)
-            self._sizes[piece.in_tail] += size - piece.size
-            piece.size = size
+            piece.size = _size(output)
+            self._sizes[piece.in_tail] += piece.weight - before
 
     def _keep(self, piece: _Piece) -> None:
         self._totals[_stream_of(piece.output)] += piece.size
         if piece.display_id is not None:
             self._displays.setdefault(piece.display_id, []).append(piece)
-        if not self._is_head_full and self._sizes[0] + piece.size <= self._half:
+        if not self._is_head_full and self._sizes[0] + piece.weight <= self._half:
             self._head.append(piece)
-            self._sizes[0] += piece.size
+            self._sizes[0] += piece.weight
             return
         self._is_head_full = piece.in_tail = True
         self._tail.append(piece)
-        self._sizes[1] += piece.size
+        self._sizes[1] += piece.weight
         while self._sizes[1] > self._half and len(self._tail) > 1:
             self._drop(self._tail.popleft())
 
     def _drop(self, piece: _Piece) -> None:
-        self._sizes[1] -= piece.size
+        self._sizes[1] -= piece.weight
         self.dropped[_stream_of(piece.output)] += piece.size
         self._gaps.add(_stream_of(piece.output))
         if piece.display_id is not None:
@@ -253,7 +258,7 @@ def _size(output: Output) -> int:
             return len(output["evalue"]) + sum(map(len, output["traceback"]))
         case _:
             sizes = (len(v) if isinstance(v, str) else len(repr(v)) for v in output["data"].values())
-            return _OVERHEAD + sum(sizes)
+            return sum(sizes)
 
 
 def _joined(outputs: Iterable[Output]) -> list[Output]:

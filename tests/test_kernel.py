@@ -15,7 +15,8 @@ import pytest
 from kernel_env import ConfigError, KernelStartError, Limits
 from kernel_env.episode import Context
 from kernel_env.execution import Execution
-from kernel_env.kernel import Kernel, KernelSetup
+from kernel_env.install import KernelSetup
+from kernel_env.kernel import Kernel
 from kernel_env.outputs import stdout_text
 
 

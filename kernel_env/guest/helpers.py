@@ -16,6 +16,8 @@ from threading import current_thread, main_thread
 from time import monotonic
 from typing import Any
 
+import zmq
+
 REPORTED_NAMES = 10_000
 SNAPSHOT_NAMES = 100
 SNAPSHOT_SECONDS = 0.05
@@ -335,6 +337,9 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
             modules["streams"].adopt(s, options["stream_chars"]) for s in (sys.stdout, sys.stderr)
         )
         the_guard = guard.Guard(shell, streams)
+        # At the default of 1,000 messages zmq drops output, `idle` included, while the host's reader is slow.
+        iopub = kernel.iopub_thread
+        iopub.schedule(functools.partial(iopub.socket.set, zmq.SNDHWM, 0))
     else:
         the_guard = _guest.guard
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint

@@ -23,7 +23,8 @@ class Allowance:
     """What one cell has written to one stream: the first characters went out, the latest are held back."""
 
     def __init__(self, size: int) -> None:
-        self.head_left = self.tail_room = size
+        self.head_left = size
+        self.tail_room = size - size // 8  # the host has room for as much and the cell's displays beside it
         self.tail: deque[str] = deque()
         self.tail_size = 0
         self.dropped = 0
@@ -87,6 +88,9 @@ class CellStream(OutStream):
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string).__name__}")
         if self._muted_thread != threading.get_ident():
+            with self._pump_lock:  # a poll object serves one thread at a time
+                if self._readable.poll(0):
+                    self.pump()  # C code wrote first
             self._put(self.parent_header, string)
         return len(string)
 
@@ -181,6 +185,8 @@ class CellStream(OutStream):
         self._fid, self._write_end = os.pipe()
         os.set_blocking(self._fid, False)
         os.dup2(self._write_end, fd)
+        self._readable = select.poll()
+        self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pump_lock = threading.RLock()
         self.watch_fd_thread = threading.Thread(target=self._watch, daemon=True, name=f"capture-{self.name}")
@@ -216,7 +222,7 @@ class CellStream(OutStream):
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
-        self._buffer_lock = threading.RLock()
+        self._buffer_lock, self._pump_lock = threading.RLock(), threading.RLock()
         self._pending = {}
 
 
