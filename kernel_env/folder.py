@@ -91,10 +91,9 @@ def _parent() -> str:
 def sweep() -> None:
     """Remove the folders of this user whose holder is gone: killed, it could not do so itself."""
     for parent in {tempfile.gettempdir(), _parent()}:
-        with os.scandir(parent) as entries:
-            found = [
-                e.path for e in entries if e.name.startswith(_PREFIX) and e.is_dir(follow_symlinks=False)
-            ]
+        found = []
+        with contextlib.suppress(OSError), os.scandir(parent) as entries:
+            found = [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
         for path in found:
             with contextlib.suppress(OSError), _held(path):
                 if os.stat(path).st_uid == os.getuid():

@@ -113,6 +113,8 @@ def write_notebook(episode: Episode, path: str | Path) -> Path:
         with open(written, "xb") as file:
             file.write(data)
         os.replace(written, target)
+    except OSError as error:
+        raise ConfigError(f"cannot export to {str(target)!r}: {error.strerror or error}") from error
     finally:
         written.unlink(missing_ok=True)
     return target

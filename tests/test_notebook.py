@@ -108,7 +108,7 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match="disk full"):
         write_notebook(episode, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["episode.ipynb"]

@@ -1,4 +1,4 @@
-"""Forged and broken messages, a second client, and a helper channel under attack: counted, logged, survived."""
+"""Forged and broken messages, a second client, an attacked helper channel: counted, logged, survived."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ kernel = get_ipython().kernel
 session, thread = kernel.session, kernel.iopub_thread
 def send(*frames): thread.send_multipart(list(frames))
 def signed(header=None, parent=None, content=None):
-    parts = [header, json.dumps(kernel.get_parent()['header'], default=str).encode() if parent is None else parent,
-             b'{}', content]
+    own = json.dumps(kernel.get_parent()['header'], default=str).encode()
+    parts = [header, own if parent is None else parent, b'{}', content]
     send(b'<IDS|MSG>', session.sign(parts), *parts)
 STREAM = json.dumps({'msg_type': 'stream', 'msg_id': 'f'}).encode()
 STATUS = json.dumps({'msg_type': 'status', 'msg_id': 'f'}).encode()
+DISPLAY = json.dumps({'msg_type': 'display_data', 'msg_id': 'f'}).encode()
+THEIRS = json.dumps({'session': 'x', 'msg_id': 'y'}).encode()
+def state(name): return json.dumps({'execution_state': name}).encode()
+def text(value): return json.dumps({'text': value}).encode()
 """
 
 BROKEN = {
@@ -39,17 +43,17 @@ BROKEN = {
     "content that is a list": "signed(STREAM, content=b'[]')",
     "a header without a type": "signed(b'{}', content=b'{}')",
     "a parent that is a number": "signed(STREAM, parent=b'5', content=b'{}')",
-    "an output of odd types": "signed(json.dumps({'msg_type': 'display_data'}).encode(), content=b'{\"data\": 5}')",
-    "a message of 60 MB": "signed(STREAM, content=json.dumps({'name': 'stdout', 'text': 'x' * 60_000_000}).encode())",
+    "an output of odd types": "signed(DISPLAY, content=b'{\"data\": 5}')",
+    "a message of 60 MB": "signed(STREAM, content=text('x' * 60_000_000))",
 }
 
 HARMLESS = {
-    "another request's output": 'signed(STREAM, b\'{"session": "x", "msg_id": "y"}\', b\'{"text": "not ours"}\')',
-    "an early idle": 'signed(STATUS, content=b\'{"execution_state": "idle"}\')',
-    "a busy of nobody": 'signed(STATUS, b\'{"session": "x", "msg_id": "y"}\', b\'{"execution_state": "busy"}\')',
+    "another request's output": "signed(STREAM, THEIRS, text('not ours'))",
+    "an early idle": "signed(STATUS, content=state('idle'))",
+    "a busy of nobody": "signed(STATUS, THEIRS, state('busy'))",
     "an unknown type": "signed(b'{\"msg_type\": \"weather\"}', content=b'{}')",
-    "a comm that nobody knows": "session.send(kernel.iopub_socket, 'comm_open', {'comm_id': 'a', 'target_name': 'b'})",
-    "a reply of its own": "session.send(kernel.shell_stream, 'execute_reply', {'status': 'ok'}, kernel.get_parent())",
+    "a comm that nobody knows": "session.send(kernel.iopub_socket, 'comm_open', {'comm_id': 'a'})",
+    "a reply of its own": "session.send(kernel.shell_stream, 'execute_reply', {}, kernel.get_parent())",
 }
 
 
@@ -116,15 +120,13 @@ def test_another_client_s_cells_share_the_namespace_and_nothing_else(
 def test_a_cell_that_another_client_s_failure_took_along_runs_once(
     start: StartEnv, client_of: object
 ) -> None:
-    begun, go = threading.Event(), threading.Event()
-    env = start(tools={"count": lambda: begun.set()})
-    env.execute("import threading; go, n = threading.Event(), 0")
+    env = start()
+    env.execute("n = 0")
     client: BlockingKernelClient = client_of(env)  # type: ignore[operator]
     # The kernel is busy with their cell, and ours is in its queue, when theirs fails.
     folder = env.get_variable("__import__('os').getcwd()").observation.result.stdout[1:-2]
-    client.execute(
-        f"import os, time\nopen('began', 'w')\nwhile not os.path.exists('{folder}/go'): time.sleep(0.01)\n1 / 0"
-    )
+    waiting = f"while not os.path.exists('{folder}/go'): time.sleep(0.01)"
+    client.execute(f"import os, time\nopen('began', 'w')\n{waiting}\n1 / 0")
     while not (Path(folder) / "began").exists():
         threading.Event().wait(0.01)
     releasing = threading.Timer(0.5, (Path(folder) / "go").touch)
@@ -133,7 +135,6 @@ def test_a_cell_that_another_client_s_failure_took_along_runs_once(
     releasing.join()
     assert (observation.status, observation.result.stdout) == ("ok", "ours 1\n")
     assert observation.iteration == 2
-    del go
 
 
 def test_time_behind_another_client_is_not_active_time(start: StartEnv, client_of: object) -> None:
@@ -159,7 +160,8 @@ def talk(*data):
     try: return s.recv(2**16)[8:]
     except OSError as error: return type(error).__name__.encode()
 cell = guest.bridge.current_cell()
-def call(**fields): return frame(json.dumps({'op': 'call', 'cell': cell, 'name': 'llm_query', **fields}).encode())
+def request(op, **fields): return frame(json.dumps({'op': op, 'cell': cell} | fields).encode())
+def call(**fields): return request('call', name='llm_query', **fields)
 """
 
 ATTACKS = {
@@ -173,9 +175,9 @@ ATTACKS = {
     "a list": "talk(HELLO, frame(b'[]'))",
     "a giant frame": "talk(HELLO, struct.pack('>Q', 2**62))",
     "a giant hello": "talk(struct.pack('>Q', 2**20))",
-    "another cell's id": "talk(HELLO, frame(json.dumps({'op': 'submit', 'cell': 'x', 'text': 'forged'}).encode()))",
-    "an unknown op": "talk(HELLO, frame(json.dumps({'op': 'eval', 'cell': cell}).encode()))",
-    "a place outside the context": "talk(HELLO, frame(json.dumps({'op': 'context', 'start': 10**9}).encode()))",
+    "another cell's id": "talk(HELLO, request('submit', cell='x', text='forged'))",
+    "an unknown op": "talk(HELLO, request('eval'))",
+    "a place outside the context": "talk(HELLO, request('context', start=10**9))",
 }
 
 
@@ -194,7 +196,7 @@ def test_an_attack_on_the_helper_channel_is_counted_and_survived(start: StartEnv
 
 def test_a_truncated_frame_costs_nothing(start: StartEnv) -> None:
     env = start(llm_query_fn=str.upper)
-    code = "s = socket.socket(socket.AF_UNIX); s.connect(path); s.sendall(HELLO + call(arguments={})[:-3]); s.close()"
+    code = "s = socket.socket(socket.AF_UNIX); s.connect(path); s.sendall(HELLO + call()[:-3]); s.close()"
     env.execute(CHANNEL)
     assert env.execute(code).observation.status == "ok"
     assert env.execute("llm_query('on')").observation.result.stdout == "'ON'\n"
@@ -212,7 +214,7 @@ for n in range(10_000):
     s = socket.socket(socket.AF_UNIX)
     s.connect(path)
     held.append(s)
-    if n % 2: held.pop(0).close() if len(held) > 900 else None
+    if len(held) > 900: held.pop().close()
 print(len(held) > 800, llm_query('on'))
 import threading
 said = []
