@@ -24,7 +24,6 @@ __all__ = ["Kernel"]
 
 log = logging.getLogger("kernel_env.kernel")
 
-_LATE_MESSAGES = 1000
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
@@ -40,7 +39,7 @@ class Kernel:
     def __init__(self, setup: KernelSetup) -> None:
         self._setup = setup
         self._running: Running | None = None
-        self._late: list[tuple[str, dict[str, Any]]] = []
+        self._late = Outputs(setup.limits.cell_output)
         self._is_subscribed = asyncio.Event()
         self._restarts = 0
         self._is_occupied = False
@@ -145,7 +144,8 @@ class Kernel:
         """
         if (refused := refusal(code)) is not None:
             return refused
-        outputs = Outputs(self._setup.limits.cell_output, on_output)
+        outputs, self._late = self._late, Outputs(self._setup.limits.cell_output)
+        outputs.listen(on_output)
         with self._occupied():
             content = _execute_content(code, silent=False)
             running, execution = await self._serve(content, None, outputs, active, total)
@@ -249,10 +249,6 @@ class Kernel:
             cell=self._bridge.begin(identifier),
             is_cell=outputs is not None,
         )
-        if running.is_cell:
-            for late in self._late:
-                running.outputs.add(*late)
-            self._late.clear()
         running.cell.on_broken = running.break_down
         running.is_behind_others = bool(self._others)
         self._running = running
@@ -285,8 +281,8 @@ class Kernel:
             # A thread or a task of an earlier cell may still print: it shows with this cell, or the next.
             if running is not None and (running.is_cell or parent.get("msg_id") == running.id):
                 running.outputs.add(kind, content)
-            elif len(self._late) < _LATE_MESSAGES:
-                self._late.append((kind, content))
+            else:
+                self._late.add(kind, content)
         if running is None or parent.get("msg_id") != running.id:
             return
         if channel == "shell":
@@ -366,7 +362,7 @@ class Kernel:
         if not self._can_replace:
             return False
         self._restarts += 1
-        self._late.clear()
+        self._late = Outputs(self._setup.limits.cell_output)
         try:
             await self._start()
         except KernelError:

@@ -71,10 +71,10 @@ class Outputs:
     Past `limit` characters the first half of them and the latest are kept, with a marker between.
     """
 
-    def __init__(self, limit: int, on_output: Callable[[Output], None] | None = None) -> None:
+    def __init__(self, limit: int) -> None:
         self._half = half(limit)
         self._piece = max(min(limit // 16, _LARGEST_PIECE), 1)
-        self._on_output = on_output
+        self._on_output: Callable[[Output], None] | None = None
         self._clear_before_next = False
         self._clear()
 
@@ -88,6 +88,13 @@ class Outputs:
         self._gaps: set[str] = set()
         self.dropped: Counter[str] = Counter()
         """Stream → characters that are no longer here; a result counts as stdout."""
+
+    def listen(self, on_output: Callable[[Output], None] | None) -> None:
+        """Have `on_output` called with each output from here on, and now with those that are there."""
+        self._on_output = on_output
+        if on_output is not None:
+            for output in self.finish():
+                on_output(output)
 
     def add(self, message_type: str, content: dict[str, Any]) -> None:
         """Take one iopub message; types that are not output are ignored."""
