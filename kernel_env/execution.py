@@ -90,6 +90,8 @@ class Running:
     """A cell of the policy: output that comes late from earlier ones shows here."""
     is_behind_others: bool = False
     """The kernel works for another client, as far as it says."""
+    has_begun: bool = False
+    """The kernel has told that it runs the code."""
     fault: str | None = None
     """Why the kernel, though it lives, cannot end this request."""
     died: bool = False
@@ -108,7 +110,8 @@ class Running:
     @property
     def is_aborted(self) -> bool:
         """Not run, because a cell of another client failed before it."""
-        return self.why is None and self.reply is not None and self.reply.get("status") == "aborted"
+        is_so = self.reply is not None and self.reply.get("status") == "aborted"
+        return is_so and self.why is None and not self.has_begun
 
     @property
     def is_half_ended(self) -> bool:
@@ -170,8 +173,8 @@ class Running:
 
     def _show_pages(self, reply: dict[str, Any]) -> None:
         # What `name?` shows comes in the reply, for a pager.
-        for payload in reply.get("payload") or []:
-            if isinstance(payload, dict) and payload.get("source") == "page":
+        for payload in _payloads(reply):
+            if payload.get("source") == "page":
                 data = payload.get("data")
                 if isinstance(data, dict) and isinstance(data.get("text/plain"), str):
                     text = without_colours(data["text/plain"])
@@ -245,8 +248,13 @@ def refusal(code: str) -> Execution | None:
     )
 
 
+def _payloads(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    payloads = reply.get("payload")
+    return [p for p in payloads if isinstance(p, dict)] if isinstance(payloads, list) else []
+
+
 def _report(reply: dict[str, Any]) -> Report | None:
-    payloads = [p for p in reply.get("payload") or [] if isinstance(p, dict) and p.get("source") == PAYLOAD]
+    payloads = [payload for payload in _payloads(reply) if payload.get("source") == PAYLOAD]
     if not payloads:
         return None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ log = logging.getLogger("kernel_env.kernel")
 
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
+_ATTEMPTS = 100
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
     "__import__('_kernel_env_helpers').send_text_of("
@@ -185,12 +187,13 @@ class Kernel:
     ) -> tuple[Running, Execution]:
         """Send a request and see it through; again, where a failing cell of another client took it along."""
         sent = time.monotonic()
-        while True:
+        for attempt in itertools.count():
             running = self._begin("execute_request", content, metadata, outputs)
             running.sent = sent
             execution = await self._see_through(running, *self._bounds(active, total))
-            if not running.is_aborted:
-                return running, execution
+            if not running.is_aborted or attempt == _ATTEMPTS:
+                break
+        return running, execution
 
     def _bounds(self, active: float | None, total: float | None) -> tuple[float, float]:
         limits = self._setup.limits
@@ -287,6 +290,8 @@ class Kernel:
             return
         if channel == "shell":
             running.reply = content
+        elif kind == "execute_input":
+            running.has_begun = True
         elif kind == "status" and content.get("execution_state") == "busy":
             running.busy_since = time.monotonic()
         elif kind == "status" and content.get("execution_state") == "idle":

@@ -26,6 +26,7 @@ Output = dict[str, Any]
 
 _LARGEST_PIECE = 2**16
 _OVERHEAD = 64
+_DEEPEST = 100
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LIBRARY_PATH = re.compile(
     r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
@@ -107,7 +108,7 @@ class Outputs:
         elif (output := _output_of(message_type, content, self._half)) is not None:
             self._apply_clear()
             missing = content.get("dropped")  # the guest has left it out already
-            if isinstance(missing, int) and missing > 0:
+            if isinstance(missing, int) and 0 < missing < 2**53:
                 self._take_missing(output, missing)
                 if output["output_type"] == "stream":
                     return
@@ -192,7 +193,24 @@ def _display_id(content: dict[str, Any]) -> str | None:
 
 
 def _plain_metadata(content: dict[str, Any]) -> dict[str, Any]:
-    return dict(content.get("metadata") or {})
+    metadata = dict(content.get("metadata") or {})
+    return _valid_json(metadata) if metadata else metadata
+
+
+def _valid_json(value: Any) -> Any:
+    """`value` without NaN, which JSON does not have.
+
+    Raises:
+        ValueError: it is nested so deeply that who reads the record would run out of stack.
+    """
+    pending = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise ValueError(f"an output is nested over {_DEEPEST} deep")
+        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        pending.extend((child, depth + 1) for child in children)
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output | None:
@@ -207,7 +225,8 @@ def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output
                 "metadata": _plain_metadata(content),
             }
             if message_type == "execute_result":
-                output["execution_count"] = content.get("execution_count")
+                count = content.get("execution_count")
+                output["execution_count"] = count if isinstance(count, int) and 0 <= count < 2**31 else None
             return output
         case "error":
             return {
@@ -240,9 +259,9 @@ def _valid_data(mime: str, value: Any) -> Any:
         return value
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "".join(value)
-    text = json.dumps(value)
+    value = _valid_json(value)
     is_json = mime == "application/json" or mime.endswith("+json")
-    return json.loads(text, parse_constant=lambda _: None) if is_json else text
+    return value if is_json else json.dumps(value)
 
 
 def _pieces(output: Output, size: int) -> Iterable[Output]:

@@ -1,11 +1,8 @@
-"""Forged and broken messages, strangers on the kernel's channels, and nonsense on the helper channel."""
+"""Forged and broken messages, and strangers on the kernel's channels."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +56,7 @@ def assert_whole(env: LocalREPLEnv, tmp_path: Path) -> None:
     observation = env.execute("print('next', llm_query('q'))\n40 + 2").observation
     assert observation.result.stdout.endswith("next Q\n42\n")
     assert (observation.status, observation.restarted, observation.done) == ("ok", False, False)
-    assert "kernel_env" not in observation.result.stderr
+    assert "[kernel_env]" not in observation.result.stderr
     nbformat.validate(nbformat.read(env.export(tmp_path / "record.ipynb"), as_version=4))  # type: ignore[no-untyped-call]
 
 
@@ -247,8 +244,10 @@ def test_a_forged_end_with_any_reply_is_an_observation_and_the_next_step_is_whol
 ) -> None:
     env = start(llm_query_fn=str.upper)
     env.execute(FORGE)
-    # Once the forged reply is there, idle ends the request, before its own reply or after it.
-    observation = env.execute(f"print('printed', flush=True)\n{REPLIES[name].strip()}\nidle();").observation
+    # The sleep is for the host to read the forged end before the true one.
+    observation = env.execute(
+        f"print('printed', flush=True)\n{REPLIES[name].strip()}\nidle(); time.sleep(0.2)"
+    ).observation
     assert observation.status in ("ok", "error")
     assert observation.result.stdout == "printed\n"
     assert not observation.restarted
@@ -337,11 +336,15 @@ def test_a_stranger_that_is_said_to_be_busy_does_not_stop_the_clock(start: Start
     assert_whole(env, tmp_path)
 
 
+def folder_of(env: LocalREPLEnv) -> Path:
+    """The folder of the environment's kernel."""
+    return Path(env.execute("import os; print(os.getcwd())").observation.result.stdout.strip()).parent
+
+
 @contextlib.contextmanager
 def second_client(env: LocalREPLEnv) -> Iterator[Any]:
     """A client of the same kernel, with its key, that is no part of the environment."""
-    folder = Path(env.execute("import os; print(os.getcwd())").observation.result.stdout.strip()).parent
-    client = BlockingKernelClient(connection_file=str(folder / "connection.json"))
+    client = BlockingKernelClient(connection_file=str(folder_of(env) / "connection.json"))
     client.load_connection_file()
     client.start_channels()
     try:
@@ -410,7 +413,7 @@ def test_a_request_that_a_second_client_s_failure_aborts_is_run_exactly_once(
             assert len(runs) == number
             assert client._recv_reply(request, timeout=30)["content"]["ename"] == "ZeroDivisionError"
         assert_whole(env, tmp_path)
-    assert len(env.episode.turns) == 5
+    assert len(env.episode.turns) == 5  # none of them twice
 
 
 def test_the_time_of_a_second_client_s_cell_is_not_ours(start: StartEnv, tmp_path: Path) -> None:
@@ -429,237 +432,18 @@ def test_the_time_of_a_second_client_s_cell_is_not_ours(start: StartEnv, tmp_pat
         assert_whole(env, tmp_path)
 
 
-def test_a_second_client_that_sends_nonsense_costs_us_nothing(start: StartEnv, tmp_path: Path) -> None:
-    env = start(llm_query_fn=str.upper)
-    with second_client(env) as client:
-        session, channel = client.session, client.shell_channel
-        for kind in ("comm_open", "comm_msg", "comm_close", "no_such_request", "is_complete_request"):
-            content = {"comm_id": "x", "target_name": "nobody", "data": {}}
-            channel.send(session.msg(kind, content))
-        for frames in ([b""], [b"x"], [b"<IDS|MSG>"], [b"<IDS|MSG>", b"bad", b"{}", b"{}", b"{}", b"{}"]):
-            channel.socket.send_multipart(frames)
-        client.kernel_info()
-        assert_whole(env, tmp_path)
-        # Its output, not ours: what ipykernel says of such requests.
-        assert env.episode.turns[-1].observation.result.stderr == ""
-
-
-# The helper channel.
-
-PEER = """
-import json, os, socket, struct, sys
-channel = sys.modules['_kernel_env_helpers']._guest.channel
-cell = sys.modules['_kernel_env_bridge'].current_cell
-token = {'token': channel._token}
-def frame(data): return struct.pack('>Q', len(data)) + data
-def connected(hello=token):
-    peer = socket.socket(socket.AF_UNIX)
-    peer.connect(os.path.join(os.path.dirname(os.getcwd()), 'h'))
-    peer.settimeout(30)
-    if hello is not None: peer.sendall(frame(json.dumps(hello).encode()))
-    return peer
-def said(peer, *frames):
-    try:
-        for data in frames: peer.sendall(data)
-        head = peer.recv(8, socket.MSG_WAITALL)
-        return json.loads(peer.recv(int.from_bytes(head, 'big'), socket.MSG_WAITALL)) if head else 'dropped'
-    except ConnectionError:
-        return 'dropped'
-    finally:
-        peer.close()
-def request(op='call', name='llm_query', arguments={'prompt': 'x'}, **fields):
-    return json.dumps({'op': op, 'cell': cell(), 'name': name, 'arguments': arguments, **fields}).encode()
-"""
-
-
-def start_with_peer(start: StartEnv, **options: Any) -> tuple[LocalREPLEnv, int]:
-    """An environment whose helper channel is in use, and the number of descriptors this host then has."""
-    env = start({"context": "ctx"}, **{"llm_query_fn": str.upper} | options)
-    env.execute(PEER)
-    env.execute("llm_query('x')")
-    return env, len(os.listdir("/proc/self/fd"))
-
-
-def assert_level(descriptors: int) -> None:
-    """This host has no more file descriptors than before, as soon as it has seen the last peer go."""
-    deadline = time.monotonic() + 20
-    while len(os.listdir("/proc/self/fd")) > descriptors:
-        assert time.monotonic() < deadline, {f: os.readlink(f"/proc/self/fd/{f}") for f in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{f}")}
-        time.sleep(0.02)
-
-
-DROPPED = {
-    "a wrong token": "said(connected({'token': 'x' * 64}))",
-    "a token that is no text": "said(connected({'token': [1]}))",
-    "a lone surrogate for a token": "said(connected({'token': '\\ud800'}))",
-    "no token": "said(connected(None), frame(request()))",
-    "a list for a token": "said(connected([1]))",
-    "a large first frame": "said(connected(None), frame(b'x' * 5000))",
-    "a frame of a size beyond all bounds": "said(connected(), struct.pack('>Q', 2**63))",
-    "a frame beyond the limit": "said(connected(), frame(request(arguments={'prompt': 'x' * 200_000})))",
-    "no UTF-8": "said(connected(), frame(b'\\xff\\xfe'))",
-    "NaN": "said(connected(), frame(request(arguments={'prompt': float('nan')})))",
-    "deep JSON": "said(connected(), frame(b'[' * 50_000 + b']' * 50_000))",
-    "deep JSON in an object": "said(connected(), frame(b'{\"op\":' * 10_000 + b'1' + b'}' * 10_000))",
-    "a long integer": "said(connected(), frame(b'{\"op\": \"context\", \"start\": ' + b'9' * 50_000 + b'}'))",
-    "no object": "said(connected(), frame(b'\"text\"'))",
-    "nothing": "said(connected(), frame(b''))",
-    "half a message": "said(connected(), frame(request()[:-5]))",
-    "two requests at once": "said(connected(), frame(request()) + frame(request()))",
-}
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_a_bad_frame_costs_its_connection_and_is_counted(
-    start: StartEnv, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    limits = Limits(helper_frame_bytes=100_000, answer_bytes=10_000)
-    env, descriptors = start_with_peer(start, limits=limits)
-    with caplog.at_level("WARNING", "kernel_env"):
-        observation = env.execute(f"print({DROPPED[name]}, llm_query('own'))").observation
-    assert (observation.status, observation.result.stdout) == ("ok", "dropped OWN\n")
-    assert f"[kernel_env] 1 {NOT_TAKEN}" in observation.result.stderr
-    assert "the connection is dropped" in caplog.text
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-
-
-ENDED = "refused: its cell has ended, or it was started by no cell of this episode"
-REFUSED = {
-    "another cell": ("request(cell='another')", ENDED),
-    "a cell that is no text": ("request(cell=[1])", ENDED),
-    "another cell's answer": ("request('submit', cell='another', text='FORGED')", ENDED),
-    "another cell's fault": ("request('broken', cell='another', text='FORGED')", ENDED),
-    "an unknown request": ("request('eval')", "refused: unknown request"),
-    "a request that is no text": ("request([1])", "refused: unknown request"),
-    "no request": ("b'{}'", "refused: unknown request"),
-    "a place below the context": ("request('context', start=-1)", "refused: the context has no such place"),
-    "a place beyond it": ("request('context', start=10**100)", "refused: the context has no such place"),
-    "a place that is text": ("request('context', start='0')", "refused: the context has no such place"),
-    "a place that is none": ("request('context')", "refused: the context has no such place"),
-    "an unknown helper": ("request(name='no_such')", "refused: there is no such helper"),
-    "a helper that is no text": ("request(name=[1])", "refused: there is no such helper"),
-    "arguments that are none": ("request(arguments=[1])", "refused: there is no such helper"),
-    "wrong arguments": ("request(arguments={'x': 1})", "llm_query: unexpected arguments ['x']"),
-    "a prompt that is no text": ("request(arguments={'prompt': 5})", "llm_query: prompts are text"),
-    "an answer that is no text": ("request('submit', text=5)", "refused: an answer is text"),
-}
-COUNTED = (ENDED, "refused: unknown request", "refused: the context has no such place")
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_request_that_is_not_in_the_protocol_is_refused_with_the_reason(
-    start: StartEnv, tmp_path: Path, name: str
-) -> None:
-    env, descriptors = start_with_peer(start)
-    code, error = REFUSED[name]
-    observation = env.execute(f"print(said(connected(), frame({code})), llm_query('own'))").observation
-    assert observation.result.stdout == f"{ {'error': error} } OWN\n"
-    assert (observation.status, observation.restarted, observation.done) == ("ok", False, False)
-    assert (f"[kernel_env] 1 {NOT_TAKEN}" in observation.result.stderr) is (error in COUNTED)
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-
-
-def test_frames_that_never_end_are_forgotten_with_their_connection(start: StartEnv, tmp_path: Path) -> None:
-    env, descriptors = start_with_peer(start)
-    code = """
-for size in (1, 7, 8, 20, 1_000_000):
-    peer = connected()
-    peer.sendall(frame(request(arguments={'prompt': 'x' * 2_000_000}))[:size])
-    peer.close()
-    peer = connected(None)
-    peer.sendall(frame(b'x' * 4000)[:size])
-    peer.close()
-print(llm_query('own'))
-"""
-    observation = env.execute(code).observation
-    assert (observation.status, observation.result.stdout) == ("ok", "OWN\n")
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-
-
-def test_ten_thousand_connections_leave_the_helpers_and_nothing_else(start: StartEnv, tmp_path: Path) -> None:
-    env, descriptors = start_with_peer(start)
-    code = """
-for _ in range(50):
-    peers = [connected(None) for _ in range(200)]
-    for peer in peers: peer.close()
-print(llm_query('own'))
-"""
-    observation = env.execute(code).observation
-    assert (observation.status, observation.result.stdout) == ("ok", "OWN\n")
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-    # A thread that had no connection yet finds room for one.
-    code = "import threading\nthread = threading.Thread(target=lambda: print(llm_query('in a thread')))\n"
-    assert env.execute(f"{code}thread.start(); thread.join()").observation.result.stdout == "IN A THREAD\n"
-
-
-def test_more_connections_than_there_are_threads_are_refused_with_the_reason(
+def test_the_time_between_a_second_client_s_cell_and_ours_is_not_ours(
     start: StartEnv, tmp_path: Path
 ) -> None:
-    env, descriptors = start_with_peer(start, limits=Limits(helper_concurrency=10))
-    code = """
-peers = [connected() for _ in range(100)]
-replies = [said(peers[-1]), llm_query('own')]
-for peer in peers: peer.close()
-print(replies)
-"""
-    observation = env.execute(code).observation
-    assert observation.result.stdout == (
-        "[{'error': 'refused: more than 41 threads hold a connection'}, 'OWN']\n"
-    )
-    assert "malformed or unauthorised messages" in observation.result.stderr
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-
-
-def test_a_second_request_while_one_is_in_flight_costs_both(start: StartEnv, tmp_path: Path) -> None:
-    began = threading.Event()
-
-    async def hang() -> None:
-        began.set()
-        await asyncio.sleep(3600)
-
-    env, descriptors = start_with_peer(start, tools={"hang": hang, "has_begun": lambda: began.wait(30)})
-    code = """
-peer = connected()
-peer.sendall(frame(request(name='hang', arguments={})))
-print(has_begun(), said(peer, frame(request())), llm_query('own'))
-"""
-    observation = env.execute(code).observation
-    assert (observation.status, observation.result.stdout) == ("ok", "True dropped OWN\n")
-    assert f"[kernel_env] 1 {NOT_TAKEN}" in observation.result.stderr
-    errors = {call.name: call.error for call in env.episode.turns[-1].helper_calls}
-    assert errors == {
-        "has_begun": None,
-        "hang": "hang was cancelled: the caller went away",
-        "llm_query": None,
-    }
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
-
-
-def test_a_kernel_that_says_it_is_broken_is_replaced(start: StartEnv, tmp_path: Path) -> None:
-    env, _ = start_with_peer(start)
-    observation = env.execute("said(connected(), frame(request('broken', text=[1])))").observation
-    assert (observation.status, observation.restarted) == ("died", True)
-    assert "could not go on and was killed: it does not say why" in observation.result.stderr
-    assert_whole(env, tmp_path)
-
-
-def test_a_stranger_between_two_steps_costs_nothing(start: StartEnv, tmp_path: Path) -> None:
-    env, descriptors = start_with_peer(start)
-    code = """
-import threading
-go = threading.Event()
-thread = threading.Thread(target=lambda: (go.wait(), said(connected(), frame(request('call')))))
-thread.start()
-threading.Timer(0.2, go.set).start()
-"""
-    env.execute(code)
-    observation = env.execute("thread.join()\nprint('joined')").observation
-    assert (observation.status, observation.result.stdout) == ("ok", "joined\n")
-    assert_whole(env, tmp_path)
-    assert_level(descriptors)
+    env = start(llm_query_fn=str.upper)
+    with second_client(env) as client:
+        # Its idle goes out, and only then the kernel's loop is held up, for less than a second.
+        code = (
+            "import time\nloop = get_ipython().kernel.io_loop\nprint('STARTED', flush=True)\ntime.sleep(2)\n"
+        )
+        client.execute(f"{code}loop.add_callback(time.sleep, 0.8)")
+        wait_for_text(client, "STARTED")
+        observation = env.execute("print('ours')", timeout_s=0.5).observation
+        assert (observation.status, observation.result.stdout) == ("ok", "ours\n")
+        assert observation.result.execution_time > 1.5
+        assert_whole(env, tmp_path)
