@@ -88,8 +88,8 @@ class Running:
     is_stoppable: bool = True
     is_cell: bool = False
     """A cell of the policy: output that comes late from earlier ones shows here."""
-    is_behind_others: bool = False
-    """The kernel works for another client, as far as it says."""
+    alone_since: float | None = field(default_factory=time.monotonic)
+    """When the kernel was last free of other clients' requests; None while it works on one."""
     has_begun: bool = False
     """The kernel has told that it runs the code."""
     fault: str | None = None
@@ -100,9 +100,9 @@ class Running:
     @property
     def active_time(self) -> float:
         since = self.busy_since
-        if since is None and not self.is_behind_others:
+        if since is None and self.alone_since is not None:
             # Code that holds the GIL from the start keeps even `busy` from going out.
-            since = self.sent + _UNHEARD
+            since = self.alone_since + _UNHEARD
         if since is None:
             return 0.0
         return max((self.ended_at or time.monotonic()) - since - self.cell.waited, 0.0)

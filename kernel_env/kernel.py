@@ -253,8 +253,8 @@ class Kernel:
             is_cell=outputs is not None,
         )
         running.cell.on_broken = running.break_down
-        running.is_behind_others = bool(self._others)
         self._running = running
+        self._tell_of_others()
         if self._process.exited.is_set():
             running.die()
         else:
@@ -303,8 +303,11 @@ class Kernel:
             self._others.add(request)
         elif state == "idle":
             self._others.discard(str(request))
+        self._tell_of_others()
+
+    def _tell_of_others(self) -> None:
         if self._running is not None:
-            self._running.is_behind_others = bool(self._others)
+            self._running.alone_since = None if self._others else time.monotonic()
 
     async def _see_through(self, running: Running, active: float, total: float) -> Execution:
         """Wait for the end of a request, or bring it about; `running.died` says whether the kernel did."""
