@@ -39,6 +39,7 @@ log = logging.getLogger("kernel_env.bridge")
 
 _LENGTH = struct.Struct(">Q")
 _HELLO_BYTES = 4096
+_BACKLOG = 128  # asyncio accepts as many of the host's descriptors before it can refuse one
 _CONTEXT_PIECE = 2**24
 _ENCODED_AT_ONCE = 2**18  # small enough for memory that is there already: 0.24 s for 1 GB instead of 1.4
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
@@ -72,7 +73,7 @@ class Bridge:
     async def open(self) -> None:
         """Listen; the folder of `path` keeps other users out, the token everybody else."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Connection(self), self.path, backlog=1024)
+        self._server = await loop.create_unix_server(lambda: _Connection(self), self.path, backlog=_BACKLOG)
 
     def close(self) -> None:
         """Stop listening, drop every connection, cancel every call."""

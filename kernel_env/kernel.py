@@ -299,11 +299,13 @@ class Kernel:
         running.check_end()
 
     def _note_others(self, request: object, state: object) -> None:
+        had_others = bool(self._others)
         if state == "busy" and isinstance(request, str) and len(self._others) < _OTHERS:
             self._others.add(request)
         elif state == "idle":
             self._others.discard(str(request))
-        self._tell_of_others()
+        if had_others != bool(self._others):
+            self._tell_of_others()
 
     def _tell_of_others(self) -> None:
         if self._running is not None:
