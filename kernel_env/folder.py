@@ -96,7 +96,8 @@ def sweep() -> None:
             found = [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
         for path in found:
             with contextlib.suppress(OSError), _held(path):
-                if os.stat(path).st_uid == os.getuid():
+                # Only what `make` made: somebody else's folder may begin with the same letters.
+                if os.stat(path).st_uid == os.getuid() and os.path.isdir(f"{path}/guest"):
                     log.warning("removing %s, left by a process that was killed", path)
                     _clear(Path(path))
 

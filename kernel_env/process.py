@@ -266,10 +266,11 @@ class KernelProcess:
 
     async def settle(self, seconds: float = 0.05) -> None:
         """Read what a dead process has left in its sockets, until nothing came for `seconds`."""
-        seen = -1
-        while seen != self.received:
+        for _ in range(20):  # a thread of its may publish for ever
             seen = self.received
             await asyncio.sleep(seconds)
+            if seen == self.received:
+                return
 
     async def terminate(self) -> None:
         """Kill the process and its group, and wait for the end."""

@@ -188,7 +188,7 @@ class CellStream(OutStream):
         self._readable = select.poll()
         self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pump_lock = threading.RLock()
+        self._pump_lock = self._buffer_lock  # one lock: a print in a signal handler may come under either
         self.watch_fd_thread = threading.Thread(target=self._watch, daemon=True, name=f"capture-{self.name}")
         self.watch_fd_thread.start()
 
@@ -222,7 +222,7 @@ class CellStream(OutStream):
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
-        self._buffer_lock, self._pump_lock = threading.RLock(), threading.RLock()
+        self._buffer_lock = self._pump_lock = threading.RLock()
         self._pending = {}
 
 
