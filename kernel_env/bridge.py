@@ -66,7 +66,7 @@ class Bridge:
         self.buffered = 0
         """Bytes of frames that have not come in whole."""
         self.refused = 0
-        """Connections, frames and requests that were turned away: never the doing of the guest's own code."""
+        """Connections, frames and requests that were turned away, calls of ended cells among them."""
         self._server: asyncio.Server | None = None
         self._memfd: int | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import time
@@ -187,11 +186,11 @@ class Kernel:
     ) -> tuple[Running, Execution]:
         """Send a request and see it through; again, where a failing cell of another client took it along."""
         sent = time.monotonic()
-        for attempt in itertools.count():
+        for _ in range(_ATTEMPTS):
             running = self._begin("execute_request", content, metadata, outputs)
             running.sent = sent
             execution = await self._see_through(running, *self._bounds(active, total))
-            if not running.is_aborted or attempt == _ATTEMPTS:
+            if not running.is_aborted:
                 break
         return running, execution
 

@@ -53,7 +53,7 @@ def _marker(total: int) -> str:
     return f"\n... (truncated, total {total} chars) ...\n"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Piece:
     output: Output
     size: int
@@ -84,8 +84,9 @@ class Outputs:
         self._tail: deque[_Piece] = deque()
         self._sizes = [0, 0]  # of head and tail
         self._is_head_full = False
-        self._displays: dict[str, list[_Piece]] = {}
+        self._displays: dict[str, dict[int, _Piece]] = {}  # display id → its pieces, by identity
         self._totals: Counter[str] = Counter()
+        self._streamed: Counter[str] = Counter()  # of the totals, what came on the stream itself
         self._gaps: set[str] = set()
         self.dropped: Counter[str] = Counter()
         """Stream → characters that are no longer here; a result counts as stdout."""
@@ -124,7 +125,7 @@ class Outputs:
         lost = []
         if kernel_died:
             # The guest sends the first half at once and the rest at the end of the cell.
-            held = [name for name, total in self._totals.items() if total == self._half]
+            held = [name for name, size in self._streamed.items() if size >= self._half]
             self.dropped.update(dict.fromkeys(held, 1))
             lost = [_stream(name, "\n... (truncated, the rest went with the kernel) ...\n") for name in held]
         return _joined([*_outputs(self._head), *middle, *_outputs(self._tail), *lost])
@@ -143,7 +144,7 @@ class Outputs:
             self._is_head_full = True
 
     def _update(self, content: dict[str, Any]) -> None:
-        for piece in self._displays.get(_display_id(content) or "", []):
+        for piece in self._displays.get(_display_id(content) or "", {}).values():
             before = piece.weight
             room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
             output = piece.output
@@ -154,8 +155,10 @@ class Outputs:
 
     def _keep(self, piece: _Piece) -> None:
         self._totals[_stream_of(piece.output)] += piece.size
+        if piece.output["output_type"] == "stream":
+            self._streamed[piece.output["name"]] += piece.size
         if piece.display_id is not None:
-            self._displays.setdefault(piece.display_id, []).append(piece)
+            self._displays.setdefault(piece.display_id, {})[id(piece)] = piece
         if not self._is_head_full and self._sizes[0] + piece.weight <= self._half:
             self._head.append(piece)
             self._sizes[0] += piece.weight
@@ -171,7 +174,7 @@ class Outputs:
         self.dropped[_stream_of(piece.output)] += piece.size
         self._gaps.add(_stream_of(piece.output))
         if piece.display_id is not None:
-            self._displays[piece.display_id].remove(piece)
+            del self._displays[piece.display_id][id(piece)]
 
 
 def half(limit: int) -> int:

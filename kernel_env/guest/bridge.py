@@ -16,7 +16,9 @@ import json
 import mmap
 import os
 import struct
+import sys
 import threading
+import types
 from _socket import AF_UNIX, CMSG_LEN, SOCK_STREAM
 from _socket import socket as Socket  # the C type: the methods of the one in `socket` can be replaced
 from collections.abc import Iterator
@@ -240,8 +242,8 @@ def proxy(channel: Channel, description: dict[str, Any]) -> Any:
     ordinary = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     by_position = [p.name for p in ordinary] if len(ordinary) == len(signature.parameters) else []
     required = sum(p.default is p.empty for p in ordinary)
-    types = {key: str(p.annotation).split(" | ") for key, p in signature.parameters.items()}
-    checks = types if description["is_typed"] else {}
+    kinds = {key: str(p.annotation).split(" | ") for key, p in signature.parameters.items()}
+    checks = kinds if description["is_typed"] else {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
@@ -292,15 +294,25 @@ def _check_type(name: str, value: Any, allowed: list[str]) -> None:
                 raise TypeError(f"{name}[{index}] must be str, not {type(item).__name__}")
 
 
+def publish(helpers: dict[str, Any], folder: str) -> None:
+    """Let processes that a cell spawns import the helpers that it hands to them."""
+    module = types.ModuleType(MODULE, "The functions that the host gives to this kernel.")
+    module.__dict__.update(helpers)
+    sys.modules[MODULE] = module
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def current_cell() -> str | None:
     """The id of the cell that started this thread or task, which may be one that has ended."""
     return _cell.get() or getattr(threading.current_thread(), "_kernel_env_cell", None)
 
 
 def enter_cell(cell: str) -> None:
-    """Let everything that starts from here on belong to `cell`."""
+    """Let everything that this thread or task starts from here on belong to `cell`."""
     _cell.set(cell)
-    environ[CELL_VARIABLE] = cell
+    if threading.current_thread() is threading.main_thread():  # not a subshell beside a cell of ours
+        environ[CELL_VARIABLE] = cell
 
 
 def _run_in_cell(cell: str | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:

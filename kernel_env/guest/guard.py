@@ -25,6 +25,7 @@ from typing import Any
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 MODULES = (builtins, threading, json, time, signal, os)  # what ipykernel calls on the way to a reply
+PROBE_SECONDS = 1.0
 OURS = frozenset({"input"})  # ipykernel's own while a cell runs
 SHELL = (
     *("user_ns", "user_module", "payload_manager", "displayhook", "display_pub", "display_formatter"),
@@ -119,11 +120,25 @@ class Guard:
                 broken.append(f"get_ipython().{name}")
         if self._shell.input_transformers_post != self._transformers:
             try:
-                self._shell.transform_cell("1")
-            except Exception:  # noqa: BLE001 - one of the cell's, and no cell could take it out any more
+                with self.within(PROBE_SECONDS):
+                    self._shell.transform_cell("1")
+            except BaseException:  # noqa: BLE001 - one of the cell's, and no cell could take it out any more
                 self._shell.input_transformers_post[:] = self._transformers
                 broken.append("input transformers")
         return broken
+
+    def can_run_a_cell(self) -> bool:
+        """Whether IPython still runs cells: try one that does nothing."""
+        try:
+            with self.within(PROBE_SECONDS):
+                return bool(self._shell.run_cell("pass", store_history=False).success)
+        except BaseException:  # noqa: BLE001 - whatever the cell has put in IPython's way
+            return False
+
+    def before_display(self) -> None:
+        """Publish what was written before a display or a result."""
+        for stream in self._streams:
+            getattr(stream, "before_display", stream.flush)()
 
     def end_cell(self) -> None:
         """Publish the last of what the cell wrote."""
@@ -158,18 +173,17 @@ class Guard:
             self.is_interruptible = False
 
     @contextlib.contextmanager
-    def cell_code_for(self, seconds: float) -> Iterator[None]:
-        """The same, silent, and raise TookTooLong in it after `seconds`."""
+    def within(self, seconds: float) -> Iterator[None]:
+        """Run what may call code of the cell's, silently, and raise TookTooLong in it after `seconds`."""
 
         def stop(*_: Any) -> None:
             raise TookTooLong
 
         previous = set_signal(signal.SIGALRM, stop)
-        set_timer(signal.ITIMER_REAL, seconds)
-        self._mute(True)
         try:
-            with self.cell_code():
-                yield
+            self._mute(True)
+            set_timer(signal.ITIMER_REAL, seconds)
+            yield
         finally:
             set_timer(signal.ITIMER_REAL, 0)
             set_signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)

@@ -131,6 +131,16 @@ class Guest:
             told = {"op": "broken", "text": f"{type(error).__name__}: {_message(error)}"[:500]}
             self.channel.exchange(self.channel.encode(told))
 
+    def before_request(self) -> None:
+        """Let an interrupt reach what another client asks for; around a cell `execute` sees to it."""
+        if self.shell.kernel.get_parent()["msg_type"] != "execute_request":
+            self.guard.before_cell()
+            self.guard.is_interruptible = True
+
+    def after_request(self) -> None:
+        """Let no interrupt through between requests."""
+        self.guard.is_interruptible = False
+
     async def execute(self, do_execute: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         """Run a request's code; whatever it does, what it broke is put back and there is a reply."""
         if current_thread() is not main_thread():
@@ -149,6 +159,8 @@ class Guest:
         if getpid() != self.pid:
             self._leave(reply)
         broken = self.guard.after_cell(has_failed=has_failed)
+        if reply["status"] == "error" and not self.guard.can_run_a_cell():
+            raise RuntimeError("IPython runs no cell any more")  # `serve` tells the host
         if reply.get("ename") == CellExit.__name__:
             kept = ("execution_count", "payload", "user_expressions")
             reply = {"status": "ok", **{key: reply[key] for key in kept if key in reply}}
@@ -224,7 +236,7 @@ class Guest:
         if type(value) in PLAIN:
             return bounded_repr(value)
         try:
-            with self.guard.cell_code_for(REPR_SECONDS):
+            with self.guard.within(REPR_SECONDS), self.guard.cell_code():
                 return bounded_repr(value)
         except BaseException as error:  # noqa: BLE001 - the time may be up just after the last of the cell's code
             return f"<repr raised {type(error).__name__}>"
@@ -343,14 +355,26 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     else:
         the_guard = _guest.guard
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
-    # Around every request ipykernel lets SIGINT raise anywhere in itself, which costs the reply.
-    kernel.pre_handler_hook = kernel.post_handler_hook = lambda: None
+    lifeline = None if _guest is None else _guest.lifeline
     _guest = Guest(shell, bridge, the_guard, options)
-    _guest.lifeline = _guest.channel.connect()
-    guard.die_with(_guest.lifeline)
-    publish(bridge.MODULE, _guest.helpers, options["folder"])
+    if lifeline is None:
+        lifeline = _guest.channel.connect()
+        guard.die_with(lifeline)
+    _guest.lifeline = lifeline
+    # Around every request ipykernel lets SIGINT raise anywhere in itself, which costs a cell's reply.
+    kernel.pre_handler_hook, kernel.post_handler_hook = _guest.before_request, _guest.after_request
+    # What is held back of a stream comes before what is displayed after it.
+    shell.display_pub._flush_streams = the_guard.before_display
+    finish = type(shell.displayhook).finish_displayhook.__get__(shell.displayhook)
+    shell.displayhook.finish_displayhook = functools.partial(_finish_result, the_guard, finish)
+    bridge.publish(_guest.helpers, options["folder"])
     bridge.enter_cell(kernel.get_parent()["header"]["msg_id"])
     _guest.put_in_place()
+
+
+def _finish_result(guard: Any, finish: Any) -> None:
+    guard.before_display()
+    finish()
 
 
 async def _execute(do_execute: Any, *args: Any, **kwargs: Any) -> Any:
@@ -361,15 +385,6 @@ async def _execute(do_execute: Any, *args: Any, **kwargs: Any) -> Any:
 async def _serve(execute_request: Any, *args: Any) -> None:
     assert _guest is not None
     await _guest.serve(execute_request, args)
-
-
-def publish(name: str, helpers: dict[str, Any], folder: str) -> None:
-    """Let processes that a cell spawns import the helpers that it hands to them."""
-    module = types.ModuleType(name, "The functions that the host gives to this kernel.")
-    module.__dict__.update(helpers)
-    sys.modules[name] = module
-    if folder not in sys.path:
-        sys.path.append(folder)
 
 
 def send_text_of(expression: str, convert: str) -> None:

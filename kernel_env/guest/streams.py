@@ -16,6 +16,7 @@ from typing import Any
 from ipykernel.iostream import OutStream
 
 PIECE = 2**18  # characters of one message: at most 1 MiB of UTF-8
+RELEASES = 4  # of held text before a display; from then on it waits for the end, or it would be no bound
 READ = 2**16  # what a pipe holds
 
 
@@ -28,6 +29,7 @@ class Allowance:
         self.tail: deque[str] = deque()
         self.tail_size = 0
         self.dropped = 0
+        self.releases_left = RELEASES
 
     def take(self, text: str) -> str:
         """The part of `text` that may go out at once; the rest is held, or dropped."""
@@ -100,19 +102,20 @@ class CellStream(OutStream):
 
     def _put(self, header: Any, text: str) -> None:
         identifier = header.get("msg_id", "")
+        is_child = os.getpid() != self._master_pid  # a forked one, which nobody tells that its cell ends
         with self._buffer_lock:
-            allowance = self._allowances.get(identifier)
-            if allowance is None:
-                allowance = self._allowances[identifier] = Allowance(self._allowance_size)
-            text = allowance.take(text)
+            if not is_child:
+                if identifier not in self._allowances:
+                    self._allowances[identifier] = Allowance(self._allowance_size)
+                text = self._allowances[identifier].take(text)
             if not text:
                 return
             if identifier not in self._pending:
                 self._pending[identifier] = header, []
             self._pending[identifier][1].append(text)
-        if os.getpid() == self._master_pid:
+        if not is_child:
             self._schedule_flush()  # type: ignore[no-untyped-call]
-        elif "\n" in text:  # a forked child: by lines, because nobody promises that it will flush
+        elif "\n" in text:  # by lines, because nobody promises that it will flush
             self._flush()
 
     def flush(self) -> None:
@@ -141,21 +144,34 @@ class CellStream(OutStream):
 
     def end_cell(self) -> None:
         """Publish all that the cells wrote so far, what was held back included."""
+        self._release(is_end=True)
+
+    def before_display(self) -> None:
+        """The same for what a display or a result is to come after, as long as that happens rarely."""
+        self._release(is_end=False)
+
+    def _release(self, *, is_end: bool) -> None:
         self.pump()
+        if os.getpid() != self._master_pid:
+            return self._flush()
         with self._buffer_lock:
             if self._pending:
                 self._flush()
             current = self._parent_header_global
             for identifier, allowance in list(self._allowances.items()):
-                dropped, tail = allowance.release()
-                header = {**current, "msg_id": identifier}
-                if dropped:
-                    text = f"\n... ({dropped} characters are not shown) ...\n"
-                    self._send(header, {"name": self.name, "text": text, "dropped": dropped})
-                for at in range(0, len(tail), PIECE):
-                    self._send(header, {"name": self.name, "text": tail[at : at + PIECE]})
-                if identifier != current.get("msg_id"):
+                if is_end or (allowance.tail and allowance.releases_left):
+                    allowance.releases_left -= 1
+                    self._publish_held({**current, "msg_id": identifier}, *allowance.release())
+                if is_end and identifier != current.get("msg_id"):
                     del self._allowances[identifier]
+        return None
+
+    def _publish_held(self, header: Any, dropped: int, tail: str) -> None:
+        if dropped:
+            text = f"\n... ({dropped} characters are not shown) ...\n"
+            self._send(header, {"name": self.name, "text": text, "dropped": dropped})
+        for at in range(0, len(tail), PIECE):
+            self._send(header, {"name": self.name, "text": tail[at : at + PIECE]})
 
     def _send(self, header: Any, content: dict[str, Any]) -> None:
         self.session.send(self.pub_thread, "stream", content, parent=header, ident=self.topic)

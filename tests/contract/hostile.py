@@ -158,6 +158,19 @@ LOST: dict[str, str] = {
     "the output thread is stopped": "get_ipython().kernel.iopub_thread.stop()",
     "descriptors are closed": "import os; os.closerange(3, 1000)",
     "the loop is stopped in await": "import asyncio; asyncio.get_event_loop().stop(); await asyncio.sleep(0)",
+    "run_cell does nothing": "get_ipython().run_cell = lambda *a, **k: None",
+    "run_cell of the class does nothing": "type(get_ipython()).run_cell = lambda *a, **k: None",
+    "should_run_async is None": "get_ipython().should_run_async = None",
+    "a cleanup that fails": """
+        get_ipython().input_transformer_manager.cleanup_transforms.append(lambda lines: 1 / 0)
+        """,
+    "a transformer that refuses": """
+        from IPython.core.error import InputRejected
+        class Refuses:
+            def visit(self, tree): raise InputRejected
+        get_ipython().ast_transformers.append(Refuses())
+        """,
+    "a callback that exits": "get_ipython().events.register('pre_run_cell', lambda *a: quit())",
     "os._exit": "import os; os._exit(3)",
     "SIGKILL": "import os; os.kill(os.getpid(), 9)",
     "SIGTERM": "import os; os.kill(os.getpid(), 15)",

@@ -41,6 +41,8 @@ def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(
     env.execute("lost = 1")
     begin = time.monotonic()
     observation = env.execute(cell(LOST[name])).observation
+    if not observation.restarted:  # a cell that broke IPython may itself have run well: the next finds out
+        observation = env.execute("1").observation
     assert time.monotonic() - begin < 15
     assert (observation.status, observation.restarted) == ("died", True)
     assert "lost" in observation.lost_variables

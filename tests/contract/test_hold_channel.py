@@ -62,6 +62,18 @@ def test_a_truncated_frame_costs_nothing(start: StartEnv) -> None:
     assert env.execute("llm_query('on')").observation.result.stdout == "'ON'\n"
 
 
+def test_a_request_beside_a_cell_does_not_take_its_children(start: StartEnv) -> None:
+    env = start(llm_query_fn=str.upper)
+    code = """
+import multiprocessing as m, sys, threading
+bridge = sys.modules['_kernel_env_bridge']
+beside = threading.Thread(target=bridge.enter_cell, args=('a request in a subshell',))
+beside.start(); beside.join()
+with m.get_context('spawn').Pool(1) as pool: print(pool.map(llm_query, ['a']))
+"""
+    assert env.execute(code).observation.result.stdout == "['A']\n"
+
+
 def test_ten_thousand_connections_cost_the_host_no_descriptors(start: StartEnv) -> None:
     env = start(llm_query_fn=str.upper)
     env.execute(CHANNEL)

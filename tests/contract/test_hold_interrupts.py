@@ -10,8 +10,10 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits, LocalREPLEnv, REPLAction, REPLEnvironment
 
@@ -207,6 +209,35 @@ def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> N
         ended.set()
         shooter.join()
     assert env.execute("print('whole')").observation.result.stdout == "whole\n"
+
+
+def test_what_another_client_asks_for_can_be_interrupted(start: StartEnv) -> None:
+    env = start()
+    shown = env.get_variable("__import__('os').environ['HOME']").observation.result.stdout[1:-2]
+    code = """
+import os, time
+def handle(comm, message):
+    open('began', 'w').close()
+    while True: time.sleep(0.01)
+get_ipython().kernel.comm_manager.register_target('hangs', handle)
+"""
+    env.execute(code)
+    folder = Path(shown).parent
+    pid = int(env.get_variable("os.getpid()").observation.result.stdout)
+    client = BlockingKernelClient()
+    client.load_connection_file(str(folder / "connection.json"))
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        opening = {"comm_id": "a", "target_name": "hangs", "data": {}}
+        client.shell_channel.send(client.session.msg("comm_open", opening))
+        while not (folder / "work" / "began").exists():
+            threading.Event().wait(0.01)
+        os.kill(pid, signal.SIGINT)
+        observation = env.execute("print('on')", timeout_s=10).observation
+    finally:
+        client.stop_channels()
+    assert (observation.status, observation.result.stdout) == ("ok", "on\n")
 
 
 def test_the_environment_is_usable_after_every_kind_of_stop_in_one_episode(start: StartEnv) -> None:

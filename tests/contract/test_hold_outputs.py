@@ -81,7 +81,7 @@ FLOODS = {
     ),
     "many prints": ("for n in range(300_000): print('z' * 99)", 30_000_000),
     "stderr": ("import sys; _ = sys.stderr.write('e' * 100_000_000)", 100_000_000),
-    "a result behind 100 MB": ("print('r' * 100_000_000, end='')\n5", 100_000_000 + 2),
+    "a result behind 100 MB": ("print('r' * 100_000_000, end='')\n5", 100_000_000 + 3),
 }
 
 
@@ -179,6 +179,46 @@ def test_what_a_killed_kernel_held_back_is_said_to_be_missing(start: StartEnv) -
     observation = env.execute(code).observation
     assert observation.status == "died"
     assert observation.result.stdout.endswith("(truncated, the rest went with the kernel) ...\n")
+
+
+def test_a_killed_kernel_s_loss_is_said_beside_displays_too(start: StartEnv) -> None:
+    env = start(limits=Limits(cell_output=MB, interrupt_grace=0.5), max_output_length=2 * MB)
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\ndisplay('d')\nprint('x' * (3 * 2**20))"
+    )
+    observation = env.execute(f"{code}\nwhile True: pass", timeout_s=1).observation
+    assert observation.restarted
+    assert "(truncated, the rest went with the kernel)" in observation.result.stdout
+
+
+def test_a_result_behind_a_flood_is_the_last_thing_shown(start: StartEnv) -> None:
+    env = start()
+    stdout = env.execute("print('x' * 3_000_000); print('last line')\n42").observation.result.stdout
+    assert stdout.endswith("last line\n42\n")
+
+
+def test_what_was_cleared_does_not_come_back(start: StartEnv) -> None:
+    env = start(limits=Limits(cell_output=MB))
+    env.execute("from IPython.display import clear_output")
+    observation = env.execute("print('x' * 3_000_000); clear_output(); print('kept')").observation
+    assert observation.result.stdout == "kept\n"
+
+
+def test_a_forked_child_s_flood_is_all_there_or_marked(start: StartEnv) -> None:
+    env = start(limits=Limits(cell_output=MB))
+    code = "for n in range(30): print('y' * 99_999)\nprint('END', flush=True)"
+    run = f"import os\nif os.fork() == 0:\n    exec({code!r}); os._exit(0)\n_ = os.wait()"
+    observation = env.execute(run).observation
+    rest = env.execute("import time; time.sleep(0.3)").observation
+    shown = observation.result.stdout + rest.result.stdout
+    assert "END\n" in shown
+    assert "truncated, total" in shown
+
+
+def test_many_displays_of_one_id_take_no_longer_than_others(start: StartEnv) -> None:
+    env = start(limits=Limits(cell_output=MB))
+    code = "for n in range(30_000): display('', display_id='one')"
+    assert env.execute(code, timeout_s=60).observation.result.execution_time < 30
 
 
 SEQUENCE = """
