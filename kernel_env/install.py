@@ -18,7 +18,7 @@ from kernel_env.outputs import half
 __all__ = ["RUN_BOOT", "KernelSetup", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
-_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "helpers")
+_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 RUN_BOOT = (

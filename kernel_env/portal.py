@@ -60,26 +60,37 @@ def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         UsageError: called on the loop thread itself, from a callback, where waiting would never end.
     """
     loop = _get_loop()
-    ended = threading.Event()
-
-    async def body() -> T:
-        try:
-            return await function(*args)
-        finally:
-            ended.set()
-
     with contextlib.suppress(RuntimeError):
         if asyncio.get_running_loop() is loop:
             raise UsageError(
                 "sync methods cannot be called from a callback on the loop; await the async ones"
             )
-    future = asyncio.run_coroutine_threadsafe(body(), loop)
+    work: list[asyncio.Task[T]] = []
+    ended = threading.Event()
+
+    def begin() -> None:
+        work.append(loop.create_task(function(*args)))
+        work[0].add_done_callback(end)
+
+    def end(task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # read, or asyncio complains where the interrupt is what goes on
+        ended.set()
+
+    def cancel() -> None:
+        if work:
+            work[0].cancel()
+        else:
+            ended.set()
+
     try:
-        return future.result()
-    except KeyboardInterrupt:
-        future.cancel()
+        loop.call_soon_threadsafe(begin)
+        ended.wait()
+    except KeyboardInterrupt:  # it may strike on the way into the loop, too
+        loop.call_soon_threadsafe(cancel)
         ended.wait()
         raise
+    return work[0].result()
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,32 @@ def test_waiting_on_the_loop_for_the_loop_is_refused() -> None:
 
     with pytest.raises(UsageError, match="await the async ones"):
         portal.run(nested)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_interrupt_on_the_way_into_the_loop_cancels_the_work(
+    has_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = threading.Event()
+    loop = portal._get_loop()
+    schedule = loop.call_soon_threadsafe
+
+    async def work() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        if has_begun:
+            schedule(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        portal.run(work)
+    assert cancelled.is_set() or not has_begun
 
 
 def test_a_hundred_sync_calls_run_at_once() -> None:

@@ -66,9 +66,12 @@ class Guard:
         for stream in self._streams:
             vars(stream).pop("write", None)
 
-    def _on_sigint(self, *_: Any) -> None:
-        if self.is_interruptible:
+    def _on_sigint(self, _: int, frame: Any) -> None:
+        if self.is_interruptible and not self._is_in_stream(frame):
             raise KeyboardInterrupt
+
+    def _is_in_stream(self, frame: Any) -> bool:
+        return any(hasattr(s, "postpones_interrupt") and s.postpones_interrupt(frame) for s in self._streams)
 
     def after_cell(self, *, has_failed: bool) -> list[str]:
         """Put back what the cell broke and name it; from here on no timer strikes.
@@ -205,6 +208,8 @@ class Guard:
         run_code = type(self._shell).run_code.__code__
 
         def on_sigint(_: int, frame: Any) -> None:
+            if self._is_in_stream(frame):
+                return
             codes = _codes_of_callback(frame)
             if asyncio.current_task(loop) is cell and run_code in codes:
                 raise KeyboardInterrupt  # in the cell's own code, where IPython expects it

@@ -300,16 +300,6 @@ def _message(error: BaseException) -> str:
         return f"<str raised {type(another).__name__}>"
 
 
-def _without_our_frames(show: Any) -> Any:
-    """Show tracebacks as if helpers were built in: IPython hides marked frames, but never the last one."""
-
-    def shown(etype: Any, evalue: Any, stb: Any) -> None:
-        ours = ("_kernel_env_", "[... skipping hidden")
-        show(etype, evalue, [part for part in stb if not any(mark in part.split("\n")[0] for mark in ours)])
-
-    return shown
-
-
 def _show_nothing(shell: Any, etype: Any, value: Any, tb: Any, tb_offset: Any = None) -> None:
     return None
 
@@ -336,7 +326,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     kernel.shell_handlers["execute_request"] = functools.partial(_serve, served)
     shell.ask_exit = _end_cell
     shell.set_custom_exc((CellExit,), _show_nothing)
-    shell._showtraceback = _without_our_frames(type(shell)._showtraceback.__get__(shell))
+    modules["tracebacks"].install(shell)
     bridge.tag_threads()
     if _guest is None:
         # 0.5 ms of every cell, there for clients that stop reading at the reply; ours waits for idle.

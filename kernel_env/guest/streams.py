@@ -6,8 +6,10 @@ Runs inside the kernel, on the standard library and ipykernel alone.
 from __future__ import annotations
 
 import codecs
+import fcntl
 import os
 import select
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -75,6 +77,7 @@ class CellStream(OutStream):
     _allowances: dict[str, Allowance]
     _pending: dict[str, tuple[Any, list[str]]]
     _muted_thread: int | None
+    _is_interrupted = False
 
     def begin(self, allowance: int) -> None:
         """Give every cell from here on `allowance` characters at once and as many at its end."""
@@ -90,11 +93,16 @@ class CellStream(OutStream):
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string).__name__}")
         if self._muted_thread != threading.get_ident():
-            with self._pump_lock:  # a poll object serves one thread at a time
-                if self._readable.poll(0):
-                    self.pump()  # C code wrote first
-            self._put(self.parent_header, string)
+            self._take(string)
+            if self._is_interrupted:
+                self._deliver_interrupt()
         return len(string)
+
+    def _take(self, string: str) -> None:
+        with self._pump_lock:  # a poll object serves one thread at a time
+            if self._readable.poll(0):
+                self.pump()  # C code wrote first
+        self._put(self.parent_header, string)
 
     def writelines(self, sequence: Any) -> None:
         for string in sequence:
@@ -102,21 +110,16 @@ class CellStream(OutStream):
 
     def _put(self, header: Any, text: str) -> None:
         identifier = header.get("msg_id", "")
-        is_child = os.getpid() != self._master_pid  # a forked one, which nobody tells that its cell ends
         with self._buffer_lock:
-            if not is_child:
-                if identifier not in self._allowances:
-                    self._allowances[identifier] = Allowance(self._allowance_size)
-                text = self._allowances[identifier].take(text)
+            if identifier not in self._allowances:
+                self._allowances[identifier] = Allowance(self._allowance_size)
+            text = self._allowances[identifier].take(text)
             if not text:
                 return
             if identifier not in self._pending:
                 self._pending[identifier] = header, []
             self._pending[identifier][1].append(text)
-        if not is_child:
-            self._schedule_flush()  # type: ignore[no-untyped-call]
-        elif "\n" in text:  # by lines, because nobody promises that it will flush
-            self._flush()
+        self._schedule_flush()  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
         """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
@@ -125,7 +128,9 @@ class CellStream(OutStream):
             if not self._pending:
                 return
             self._flush()
-        if os.getpid() == self._master_pid and threading.current_thread() is not self.pub_thread.thread:
+        if self._is_interrupted:
+            self._deliver_interrupt()
+        if threading.current_thread() is not self.pub_thread.thread:
             sent = threading.Event()
             self.pub_thread.schedule(sent.set)
             sent.wait(self.flush_timeout)
@@ -145,15 +150,16 @@ class CellStream(OutStream):
     def end_cell(self) -> None:
         """Publish all that the cells wrote so far, what was held back included."""
         self._release(is_end=True)
+        self._is_interrupted = False
 
     def before_display(self) -> None:
         """The same for what a display or a result is to come after, as long as that happens rarely."""
         self._release(is_end=False)
+        if self._is_interrupted:
+            self._deliver_interrupt()
 
     def _release(self, *, is_end: bool) -> None:
         self.pump()
-        if os.getpid() != self._master_pid:
-            return self._flush()
         with self._buffer_lock:
             if self._pending:
                 self._flush()
@@ -164,7 +170,6 @@ class CellStream(OutStream):
                     self._publish_held({**current, "msg_id": identifier}, *allowance.release())
                 if is_end and identifier != current.get("msg_id"):
                     del self._allowances[identifier]
-        return None
 
     def _publish_held(self, header: Any, dropped: int, tail: str) -> None:
         if dropped:
@@ -175,6 +180,19 @@ class CellStream(OutStream):
 
     def _send(self, header: Any, content: dict[str, Any]) -> None:
         self.session.send(self.pub_thread, "stream", content, parent=header, ident=self.topic)
+
+    def postpones_interrupt(self, frame: Any) -> bool:
+        """Whether an interrupt found its thread at work in here, where it would cost text; it comes again."""
+        while frame is not None:
+            if frame.f_code in _AT_WORK:
+                self._is_interrupted = True
+                return True
+            frame = frame.f_back
+        return False
+
+    def _deliver_interrupt(self) -> None:
+        self._is_interrupted = False
+        signal.raise_signal(signal.SIGINT)
 
     def mute(self, muted: bool) -> None:
         """Swallow what this thread writes: an object's `__repr__` is not the cell."""
@@ -201,6 +219,7 @@ class CellStream(OutStream):
         self._fid, self._write_end = os.pipe()
         os.set_blocking(self._fid, False)
         os.dup2(self._write_end, fd)
+        self._writing = os.memfd_create("kernel_env")
         self._readable = select.poll()
         self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -217,8 +236,6 @@ class CellStream(OutStream):
 
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then in the stream."""
-        if os.getpid() != self._master_pid:
-            return
         with self._pump_lock:
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
                 try:
@@ -240,6 +257,52 @@ class CellStream(OutStream):
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
         self._buffer_lock = self._pump_lock = threading.RLock()
         self._pending = {}
+        self.__class__ = ForkedStream
+        self._line: list[str] = []
+
+
+class ForkedStream(CellStream):
+    """The stream in a process that the cell forked: lines go to the captured descriptor, in order.
+
+    So the parent counts them as its cell's, and none overtakes what was written before it.
+    """
+
+    def write(self, string: str) -> int:
+        if not isinstance(string, str):
+            raise TypeError(f"write() argument must be str, not {type(string).__name__}")
+        with self._buffer_lock:
+            self._line.append(string)
+            if "\n" in string:  # by lines, because nobody promises that it will flush
+                self.flush()
+        return len(string)
+
+    def flush(self) -> None:
+        with self._buffer_lock:
+            data = "".join(self._line).encode("utf-8", "replace")
+            self._line.clear()
+            if not data:
+                return
+            # A pipe takes 4,096 bytes at once; behind a record lock, which is a process's own, any number.
+            fcntl.lockf(self._writing, fcntl.LOCK_EX)
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            finally:
+                fcntl.lockf(self._writing, fcntl.LOCK_UN)
+
+    def before_display(self) -> None:
+        self.flush()
+
+    def end_cell(self) -> None:
+        self.flush()
+
+    def pump(self) -> None:
+        """Leave the pipe to the parent."""
+
+
+_AT_WORK = frozenset(
+    getattr(CellStream, name).__code__ for name in ("_take", "_put", "_flush", "_release", "pump")
+)
 
 
 def adopt(stream: Any, allowance: int) -> Any:
