@@ -34,6 +34,7 @@ OnMessage = Callable[[str, dict[str, Any]], None]
 
 _STDERR_TAIL = 8192
 _DRAIN_AT_ONCE = 500
+_UNREAD = 32  # messages that wait in this process, of 1 MiB and more each
 
 _live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
 
@@ -171,8 +172,9 @@ class KernelProcess:
     def _connect(self, channel: str, kind: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = _shared_context().socket(kind)
         socket.linger = 0
-        # At the default of 1,000 messages zmq drops output, `idle` included, while the host is slow.
-        socket.rcvhwm = 0
+        # A kernel that publishes more than this host reads keeps the rest itself: the guest takes the limit
+        # off its end, where zmq would drop messages, `idle` included.
+        socket.rcvhwm = _UNREAD
         socket.sndhwm = 0
         # zmq tries again only every 100 ms by itself, and the kernel binds some time after its start.
         socket.reconnect_ivl = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from kernel_env import Limits
+from kernel_env import Limits, REPLAction, REPLEnvironment
 from kernel_env.outputs import without_colours
 
 from .conftest import StartEnv
@@ -208,11 +209,9 @@ def test_a_forked_child_s_flood_is_all_there_or_marked(start: StartEnv) -> None:
     env = start(limits=Limits(cell_output=MB))
     code = "for n in range(30): print('y' * 99_999)\nprint('END', flush=True)"
     run = f"import os\nif os.fork() == 0:\n    exec({code!r}); os._exit(0)\n_ = os.wait()"
-    observation = env.execute(run).observation
-    rest = env.execute("import time; time.sleep(0.3)").observation
-    shown = observation.result.stdout + rest.result.stdout
-    assert "END\n" in shown
-    assert "truncated, total" in shown
+    stdout = env.execute(run).observation.result.stdout
+    assert stdout.endswith("END\n")
+    assert "truncated, total" in stdout
 
 
 def test_many_displays_of_one_id_take_no_longer_than_others(start: StartEnv) -> None:
@@ -289,20 +288,68 @@ thread = threading.Thread(target=later); thread.start()
     assert env.execute("thread.join()").observation.result.stdout == "after the end of my cell\n"
 
 
-def test_children_print_whole_lines_on_their_cell(start: StartEnv) -> None:
+def test_children_print_whole_lines_on_their_cell_and_in_order(start: StartEnv) -> None:
     env = start()
     code = """
-import multiprocessing, os
-def child(n): print('child', n, flush=True)
+import multiprocessing
+def child(n):
+    for size in (1, 5_000, 70_000): print(n, str(n) * size)
+    print(n, 'unfinished', end='')
 context = multiprocessing.get_context('fork')
+print('parent', end=' ')
 children = [context.Process(target=child, args=(n,)) for n in range(4)]
 for c in children: c.start()
 for c in children: c.join()
-print('parent')
+print('end')
 """
-    texts = [env.execute(code).observation.result.stdout]
-    texts += [env.execute("import time; time.sleep(0.2)").observation.result.stdout]
-    assert sorted("".join(texts).splitlines()) == ["child 0", "child 1", "child 2", "child 3", "parent"]
+    [output] = env.execute(code).observation.outputs
+    parent, rest = output["text"].split(" ", 1)
+    assert (parent, rest[-4:]) == ("parent", "end\n")
+    for n in range(4):
+        for size in (1, 5_000, 70_000):
+            assert rest.count(f"{n} {str(n) * size}\n") == 1
+        assert rest.count(f"{n} unfinished") == 1
+        assert [rest.index(f"{n} {str(n) * size}\n") for size in (1, 5_000, 70_000)] == sorted(
+            rest.index(f"{n} {str(n) * size}\n") for size in (1, 5_000, 70_000)
+        )
+
+
+def test_an_interrupted_print_loop_loses_nothing(start: StartEnv) -> None:
+    env = start(max_output_length=10**8)
+    for head in ("", "await asyncio.sleep(0)\n"):
+        for n in range(20):
+            code = f"import asyncio\n{head}n = 0\nwhile True: n += 1; print(n, end=' ')"
+            observation = env.execute(code, timeout_s=0.05 + n / 1000).observation
+            assert (observation.status, observation.restarted) == ("timeout", False)
+            printed = int(env.get_variable("n").observation.result.stdout)
+            numbers = [int(number) for number in observation.result.stdout.split()]
+            assert numbers == list(range(1, len(numbers) + 1))
+            assert len(numbers) in (printed - 1, printed)
+
+
+def test_a_host_that_does_not_read_holds_little_of_a_flood(kernel_name: str, tmp_path: Path) -> None:
+    code = f"""
+import pathlib, threading
+from IPython.display import display
+def flood():
+    for _ in range(300): display({{'text/plain': 'x' * 10**6}}, raw=True)
+    pathlib.Path({str(tmp_path / "done")!r}).touch()
+threading.Thread(target=flood).start()
+"""
+
+    async def run() -> None:
+        env = REPLEnvironment(kernel_name=kernel_name)
+        await env.reset_async()
+        with memory_of_this_process() as grown:
+            await env.step_async(REPLAction(code=code))
+            while not (tmp_path / "done").exists():
+                time.sleep(0.01)  # noqa: ASYNC251 - the caller keeps the loop
+        observation = await env.step_async(REPLAction(code="print('the end')"))
+        await env.close_async()
+        assert observation.result.stdout.endswith("the end\n")
+        assert grown[0] < 150
+
+    asyncio.run(run())
 
 
 GOLDEN = [

@@ -186,6 +186,22 @@ def test_tracebacks_have_no_colours_and_no_host_paths(make: MakeFacade) -> None:
         assert "_kernel_env" not in stderr
 
 
+def test_an_exception_group_is_an_error_like_any_other(make: MakeFacade) -> None:
+    env = make()
+    env.reset()
+    observation = env.execute(
+        "import asyncio\nasync def fail(): 1/0\nasync with asyncio.TaskGroup() as g: g.create_task(fail())"
+    )
+    assert [output["output_type"] for output in observation.outputs] == ["error"]
+    stderr = observation.result.stderr
+    assert "Cell In[1], line 2, in fail" in stderr
+    assert "ZeroDivisionError: division by zero" in stderr
+    assert 'File "asyncio/taskgroups.py"' in stderr
+    assert observation.result.exception is not None
+    assert observation.result.exception.startswith("ExceptionGroup: unhandled errors in a TaskGroup")
+    assert env.execute("%tb").result.stderr == stderr
+
+
 def test_locals_snapshot_has_what_changed(make: MakeFacade) -> None:
     env = make()
     env.reset()
