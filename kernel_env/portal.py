@@ -68,8 +68,11 @@ def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
     work: list[asyncio.Task[T]] = []
     ended = threading.Event()
 
+    async def body() -> T:
+        return await function(*args)
+
     def begin() -> None:
-        work.append(loop.create_task(function(*args)))
+        work.append(loop.create_task(body()))
         work[0].add_done_callback(end)
 
     def end(task: asyncio.Task[T]) -> None:

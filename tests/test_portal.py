@@ -57,7 +57,8 @@ def test_an_interrupt_on_the_way_into_the_loop_leaves_nothing_running(
     monkeypatch.setattr(portal._get_loop(), "call_soon_threadsafe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         portal.run(work)
-    assert [inspect.getcoroutinestate(c) for c in begun] == [inspect.CORO_CLOSED] * is_scheduled
+    assert len(begun) <= is_scheduled  # cancelled in time, it is not even made
+    assert all(inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED for coroutine in begun)
 
 
 def test_a_hundred_sync_calls_run_at_once() -> None:
