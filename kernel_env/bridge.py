@@ -70,6 +70,10 @@ class Bridge:
         self._server: asyncio.Server | None = None
         self._memfd: int | None = None
 
+    def begin_episode(self, helpers: Mapping[str, Helper], context: Context, limits: Limits) -> None:
+        """Serve these from here on."""
+        self._helpers, self._context, self._limits = helpers, context, limits
+
     async def open(self) -> None:
         """Listen; the folder of `path` keeps other users out, the token everybody else."""
         loop = asyncio.get_running_loop()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
 import math
 import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +23,11 @@ RESERVED_NAMES = frozenset(
     | {"In", "Out", "exit", "quit", "get_ipython", "open"}
 )
 """Names a user's tool cannot have: ours, and IPython's own."""
+
+_SPARES = 8
+_BYTES_OF_KERNEL = 64 * 2**20  # 12 MB of its own, and room for what its cells make
+FILES_OF_KERNEL = 24
+"""Descriptors that this process holds for one kernel, at most, while no thread of it calls helpers."""
 
 _PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH")
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "OPENBLAS_", "MKL_")
@@ -87,6 +94,7 @@ class EnvConfig:
     """Called with each finished `Turn`; sync or async."""
     isolation: str = "auto"
     preload: Sequence[str] = ()
+    """Modules that every kernel has imported when it starts; forked kernels share one import."""
     files: Mapping[str, Any] | None = None
     rlm_max_depth: int = 1
     rlm_max_iterations: int | None = None
@@ -115,16 +123,16 @@ class EnvConfig:
             raise ConfigError("on_output is called between two messages and cannot be async; use on_turn")
         for name, tool in self.tools.items():
             _check_tool(name, tool)
+        if isinstance(self.preload, str) or not all(
+            isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in self.preload
+        ):
+            raise ConfigError(f"preload = {self.preload!r}; give a sequence of module names")
         self._refuse_what_is_not_there()
 
     def _refuse_what_is_not_there(self) -> None:
         if self.isolation not in {"auto", "process"}:
             raise ConfigError(
                 f"isolation={self.isolation!r}: this version has 'process' (and 'auto', which picks it)"
-            )
-        if self.preload:
-            raise ConfigError(
-                f"preload={self.preload!r}: this version starts every kernel afresh; leave it empty"
             )
         if self.files:
             raise ConfigError(
@@ -192,6 +200,10 @@ class HostEnvironment:
     """`REPL_CONTEXT`, used where `REPLEnvironment` and `reset` were given no context."""
     task_prompt: str | None
     """`REPL_TASK_PROMPT`, likewise."""
+    spare_kernels: int
+    """`KERNEL_ENV_SPARES`, default 8: the most kernels that are kept ready; 0 keeps none."""
+    max_kernels: int
+    """`KERNEL_ENV_MAX_KERNELS`: the most kernels at once; by default as many as memory and files allow."""
 
 
 def from_env() -> HostEnvironment:
@@ -203,4 +215,26 @@ def from_env() -> HostEnvironment:
     }
     # A kernel's HOME is its own folder; packages of `pip install --user` must still be found.
     passed["PYTHONUSERBASE"] = os.environ.get("PYTHONUSERBASE") or str(Path.home() / ".local")
-    return HostEnvironment(passed, os.environ.get("REPL_CONTEXT"), os.environ.get("REPL_TASK_PROMPT"))
+    return HostEnvironment(
+        passed,
+        os.environ.get("REPL_CONTEXT"),
+        os.environ.get("REPL_TASK_PROMPT"),
+        _count_from_env("KERNEL_ENV_SPARES", _SPARES, least=0),
+        _count_from_env("KERNEL_ENV_MAX_KERNELS", _most_kernels()),
+    )
+
+
+def _count_from_env(name: str, default: int, *, least: int = 1) -> int:
+    given = os.environ.get(name, "")
+    if not given:
+        return default
+    if not given.isdecimal() or int(given) < least:
+        raise ConfigError(f"{name}={given!r} in the environment; give a whole number >= {least}")
+    return int(given)
+
+
+@functools.cache
+def _most_kernels() -> int:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return max(min(memory // _BYTES_OF_KERNEL, files // FILES_OF_KERNEL), 1)

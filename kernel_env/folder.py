@@ -18,11 +18,13 @@ from typing import Any
 
 from kernel_env.errors import KernelStartError
 
-__all__ = ["KernelFolder", "sweep"]
+__all__ = ["TEMPLATE_PREFIX", "KernelFolder", "sweep"]
 
 log = logging.getLogger("kernel_env.folder")
 
 _PREFIX = "ke-"
+TEMPLATE_PREFIX = "kt-"
+"""Of the folder of a process that kernels are forked from."""
 # The longest socket name under a folder is "/k-5"; a Unix socket's path has at most 107 bytes.
 _LONGEST = 107 - len("/k-5")
 _ROUNDS = 20
@@ -43,7 +45,7 @@ class KernelFolder:
     _lock: int
 
     @classmethod
-    def make(cls) -> KernelFolder:
+    def make(cls, prefix: str = _PREFIX) -> KernelFolder:
         """Make a folder with a path short enough for the kernel's sockets.
 
         Raises:
@@ -51,7 +53,7 @@ class KernelFolder:
         """
         parent = _parent()
         try:
-            return cls._make(parent)
+            return cls._make(parent, prefix)
         except OSError as error:
             raise KernelStartError(
                 f"no folder for a kernel could be made in {parent}: {error.strerror or error}; "
@@ -59,8 +61,8 @@ class KernelFolder:
             ) from error
 
     @classmethod
-    def _make(cls, parent: str) -> KernelFolder:
-        made = Path(tempfile.mkdtemp(prefix="new-" + _PREFIX, dir=parent))
+    def _make(cls, parent: str, prefix: str) -> KernelFolder:
+        made = Path(tempfile.mkdtemp(prefix="new-" + prefix, dir=parent))
         lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # Held before it has the name that others sweep. A lock on the folder itself ends with its
@@ -77,9 +79,15 @@ class KernelFolder:
             _remove(made)
             raise
 
-    def remove(self) -> None:
-        """Kill what was started in the folder and still runs, then remove it, whatever its permissions."""
-        _clear(self.path)
+    def remove(self, *, is_deserted: bool = False) -> None:
+        """Kill what was started in the folder and still runs, then remove it, whatever its permissions.
+
+        `is_deserted`: nothing does, so that there is no need to look through all processes: 20 ms.
+        """
+        if is_deserted:
+            _remove(self.path)
+        else:
+            _clear(self.path)
         os.close(self._lock)
 
 
@@ -93,7 +101,7 @@ def sweep() -> None:
     for parent in {tempfile.gettempdir(), _parent()}:
         found = []
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            found = [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
+            found = [entry.path for entry in entries if entry.name.startswith((_PREFIX, TEMPLATE_PREFIX))]
         for path in found:
             with contextlib.suppress(OSError), _held(path):
                 # Only what `make` made: somebody else's folder may begin with the same letters.
@@ -149,5 +157,7 @@ def _remove(folder: Path) -> None:
 
     try:
         shutil.rmtree(folder, onerror=make_removable)
+    except FileNotFoundError:
+        return  # somebody removed it with what is around it
     except OSError as error:
         log.warning("the kernel's folder %s could not be removed: %s", folder, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from kernel_env.config import Limits
 from kernel_env.episode import Context
 from kernel_env.outputs import half
 
-__all__ = ["RUN_BOOT", "KernelSetup", "describe", "install_request"]
+__all__ = ["GUEST_MODULES", "RUN_BOOT", "KernelSetup", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
-_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
+GUEST_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 RUN_BOOT = (
@@ -36,12 +37,29 @@ class KernelSetup:
     helpers: Mapping[str, Helper]
     context: Context
     seed: int | None
+    preload: tuple[str, ...] = ()
+    is_blank: bool = False
+    """Nothing is in its namespace yet: it waits for its episode."""
+
+    @classmethod
+    def blank(cls, kernel_name: str, preload: tuple[str, ...]) -> KernelSetup:
+        """The setup of a kernel that is made ready before its episode is known."""
+        return cls(
+            kernel_name=kernel_name,
+            limits=Limits(),
+            helpers={},
+            context=Context.of(""),
+            seed=None,
+            preload=preload,
+            is_blank=True,
+        )
 
 
-def install_request(setup: KernelSetup, bridge: Bridge, session: str) -> dict[str, Any]:
+def install_request(setup: KernelSetup, bridge: Bridge, session: str, *, has_guest: bool) -> dict[str, Any]:
     """The metadata that `RUN_BOOT` installs the guest from; the folder also gets what spawned processes need.
 
-    Sent as text, not imported from its place, so that any kernelspec's environment will do.
+    Sent as text, not imported from its place, so that any kernelspec's environment will do; a kernel that
+    `has_guest` was forked with these modules.
     """
     limits, folder = setup.limits, bridge.path.parent / "guest"
     channel = {
@@ -51,14 +69,16 @@ def install_request(setup: KernelSetup, bridge: Bridge, session: str) -> dict[st
         "answer_bytes": limits.answer_bytes,
         "helpers": [describe(name, helper) for name, helper in setup.helpers.items()],
     }
-    sources = {name: _source(name) for name in _MODULES}
-    (folder / "_kernel_env_bridge.py").write_text(sources["bridge"], "utf-8")
+    sources = {name: "" if has_guest else _source(name) for name in GUEST_MODULES}
+    (folder / "_kernel_env_bridge.py").write_text(_source("bridge"), "utf-8")
     (folder / "kernel_env_helpers.py").write_text(_source("child"), "utf-8")
     (folder / "helpers.json").write_text(json.dumps(channel), "utf-8")
     options = channel | {
         "session": session,
         "folder": str(folder),
         "seed": setup.seed,
+        "preload": [] if has_guest else list(setup.preload),
+        "is_blank": setup.is_blank,
         "message_chars": limits.cell_output,
         "stream_chars": half(limits.cell_output),
     }
@@ -93,5 +113,6 @@ def _annotation_text(annotation: Any) -> str | None:
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
+@functools.cache
 def _source(name: str) -> str:
     return (_GUEST / f"{name}.py").read_text("utf-8")

@@ -7,12 +7,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
 
 from kernel_env.bridge import Bridge
-from kernel_env.errors import KernelDied, KernelError, KernelStartError
+from kernel_env.errors import ConfigError, KernelDied, KernelError, KernelStartError
 from kernel_env.execution import PAYLOAD, Execution, Report, Running, refusal
 from kernel_env.folder import KernelFolder, sweep
 from kernel_env.install import RUN_BOOT, KernelSetup, install_request
@@ -26,6 +26,7 @@ log = logging.getLogger("kernel_env.kernel")
 
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
+_PRELOAD = "PreloadError: "
 _ATTEMPTS = 100
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
@@ -47,6 +48,8 @@ class Kernel:
         self._others: set[str] = set()  # requests of other clients that the kernel works on
         self._given: frozenset[str] = frozenset()
         self._names: list[str] = []
+        self.on_closed: list[Callable[[], None]] = []
+        """Called once, when the kernel is closed."""
 
     @classmethod
     async def start(cls, setup: KernelSetup) -> Kernel:
@@ -60,42 +63,74 @@ class Kernel:
         await kernel._start()
         return kernel
 
+    async def begin(self, setup: KernelSetup) -> None:
+        """Give a blank kernel its episode.
+
+        Raises:
+            KernelStartError: it could not take it; nothing is left of it.
+        """
+        self._setup = setup
+        self._late = Outputs(setup.limits.cell_output)
+        self._bridge.begin_episode(setup.helpers, setup.context, setup.limits)
+        self._process.message_bytes = _message_bytes(setup)
+        await self._become_ready(self._install(has_guest=True))
+
     async def _start(self) -> None:
-        setup, limits = self._setup, self._setup.limits
+        setup = self._setup
         await run_in_thread(sweep)
         folder = KernelFolder.make()
-        self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, limits)
+        self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, setup.limits)
         self._is_subscribed.clear()
         self._others.clear()
         try:
             await self._bridge.open()
-            message_bytes = 8 * limits.cell_output + _MESSAGE_BYTES
-            self._process = await KernelProcess.launch(
-                setup.kernel_name, folder, message_bytes, self._on_message, self._on_exit
-            )
-        except BaseException:
+            async with asyncio.timeout(setup.limits.kernel_start):
+                self._process = await KernelProcess.launch(
+                    setup.kernel_name,
+                    folder,
+                    self._on_message,
+                    self._on_exit,
+                    message_bytes=_message_bytes(setup),
+                    preload=setup.preload,
+                )
+        except BaseException as error:
             self._bridge.close()
             folder.remove()
+            if isinstance(error, TimeoutError):
+                raise self._late_start() from error
             raise
+        await self._become_ready(self._connect())
+
+    async def _connect(self) -> Report:
+        await self._wait_until_ready()
+        return await self._install(has_guest=self._process.is_forked)
+
+    async def _become_ready(self, work: Coroutine[Any, Any, Report]) -> None:
         try:
-            async with asyncio.timeout(limits.kernel_start):
-                await self._wait_until_ready()
-                report = await self._install()
+            async with asyncio.timeout(self._setup.limits.kernel_start):
+                report = await work
         except BaseException as error:
             tail = self._process.stderr_tail
-            await self.close()
+            await self._end()
             if isinstance(error, TimeoutError):
-                raise KernelStartError(
-                    f"kernel {setup.kernel_name!r} was not ready after Limits.kernel_start = "
-                    f"{limits.kernel_start:g} s; its stderr ends:\n{tail}"
-                ) from error
+                raise self._late_start(tail) from error
             raise
         self._names = report.names
         self._given = frozenset(report.names)
 
+    def _late_start(self, stderr: str = "") -> KernelStartError:
+        name, limit = self._setup.kernel_name, self._setup.limits.kernel_start
+        return KernelStartError(
+            f"kernel {name!r} was not ready after Limits.kernel_start = {limit:g} s; "
+            f"its stderr ends:\n{stderr}"
+        )
+
     async def _wait_until_ready(self) -> None:
-        # ipykernel 7 says iopub_welcome once the subscription holds; an older one is asked until a
-        # request's idle comes through.
+        # ipykernel 7 says iopub_welcome once the subscription holds, and a forked kernel is ready before it
+        # can; a spawned one, or an older ipykernel, is asked until a request's idle comes through.
+        if self._process.is_forked:
+            await self._is_subscribed.wait()
+            return
         while True:
             running = self._begin("kernel_info_request", {})
             running.is_stoppable = False
@@ -114,13 +149,15 @@ class Kernel:
                 )
             return
 
-    async def _install(self) -> Report:
-        setup = self._setup
-        request = install_request(setup, self._bridge, self._process.session.session)
+    async def _install(self, *, has_guest: bool = False) -> Report:
+        setup, session = self._setup, self._process.session.session
+        request = install_request(setup, self._bridge, session, has_guest=has_guest)
         running = self._begin("execute_request", _execute_content(RUN_BOOT, silent=True), request)
         running.is_stoppable = False
         # A large context takes its time: this is part of the start, whatever a cell may take.
         execution = await self._see_through(running, math.inf, setup.limits.kernel_start)
+        if execution.exception is not None and execution.exception.startswith(_PRELOAD):
+            raise ConfigError(execution.exception.removeprefix(_PRELOAD))
         if execution.report is None:
             raise KernelStartError(
                 f"kernel {setup.kernel_name!r} did not take the helpers: {execution.exception}\n"
@@ -220,12 +257,21 @@ class Kernel:
 
     async def close(self) -> None:
         """End the kernel; nothing of it is left."""
+        await self._end()
+        self._tell_closed()
+
+    async def _end(self) -> None:
         self._bridge.close()
         await self._process.kill()
 
     def close_now(self) -> None:
         """The same when the loop it lived on is closed."""
         self._process.kill_now()
+        self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        while self.on_closed:
+            self.on_closed.pop()()
 
     @property
     def names(self) -> list[str]:
@@ -266,6 +312,7 @@ class Kernel:
             self._running = None
 
     def _on_exit(self) -> None:
+        self._is_subscribed.set()  # there is no more to wait for
         if self._running is not None:
             self._running.die()
 
@@ -367,7 +414,7 @@ class Kernel:
         return True
 
     async def _replace(self) -> bool:
-        await self.close()
+        await self._end()
         if not self._can_replace:
             return False
         self._restarts += 1
@@ -389,6 +436,10 @@ class Kernel:
             return await self._take_over(replace(execution, notes=(*execution.notes, note)))
         note = "The environment's hooks were gone from the kernel; they are installed again."
         return replace(execution, notes=(*execution.notes, note))
+
+
+def _message_bytes(setup: KernelSetup) -> int:
+    return 8 * setup.limits.cell_output + _MESSAGE_BYTES
 
 
 def _execute_content(code: str, *, silent: bool) -> dict[str, Any]:

@@ -8,35 +8,61 @@ import hmac
 import json
 import logging
 import os
+import re
 import signal
+import subprocess
 import sys
+import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.asyncio
+from jupyter_client.connect import write_connection_file
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import from_env
 from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.folder import KernelFolder
 from kernel_env.portal import run_in_thread
+from kernel_env.provisioners import fork
 
-__all__ = ["KernelProcess", "check_platform", "find_kernelspec"]
+__all__ = [
+    "LOCAL",
+    "KernelProcess",
+    "check_platform",
+    "find_kernelspec",
+    "is_forked_kind",
+    "with_provisioner",
+]
 
 log = logging.getLogger("kernel_env.process")
 
 OnMessage = Callable[[str, dict[str, Any]], None]
 
+LOCAL = "local-provisioner"
+"""jupyter_client's own."""
+
+_PYTHON = ("python", f"python{sys.version_info[0]}", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+_PORTS = {f"{name}_port": n for n, name in enumerate(("shell", "iopub", "stdin", "hb", "control"), start=1)}
 _STDERR_TAIL = 8192
 _DRAIN_AT_ONCE = 500
 _UNREAD = 32  # messages that wait in this process, of 1 MiB and more each
 
 _live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
+
+
+def is_forked_kind(name: str) -> bool:
+    """Whether kernels of this name are forked.
+
+    Raises:
+        ConfigError: as `find_kernelspec`.
+    """
+    spec, _ = with_provisioner(find_kernelspec(name), ())
+    return bool(spec.metadata["kernel_provisioner"]["provisioner_name"] == fork.NAME)
 
 
 def check_platform() -> None:
@@ -65,10 +91,37 @@ def find_kernelspec(name: str) -> KernelSpec:
         raise ConfigError(f"kernel_name={name!r} is not installed; installed: {installed}") from error
     if spec.language.lower() != "python":
         raise ConfigError(f"kernel_name={name!r} runs {spec.language}; the helpers need an IPython kernel")
-    provisioner = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name", "local-provisioner")
-    if provisioner != "local-provisioner":
-        raise ConfigError(f"kernel_name={name!r} is started by {provisioner!r}; only local kernels work yet")
     return spec
+
+
+def with_provisioner(spec: KernelSpec, preload: Sequence[str]) -> tuple[KernelSpec, str]:
+    """The kernelspec with the provisioner that starts it, and why it is that one.
+
+    Raises:
+        ConfigError: it names one whose kernels are not processes of this machine.
+    """
+    asked = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name")
+    if asked not in (None, LOCAL, fork.NAME):
+        raise ConfigError(f"the kernelspec asks for {asked!r}; kernel_env starts local kernels alone")
+    reason = "its kernelspec asks for it" if asked else _why_not_forked(spec)
+    chosen = asked or (LOCAL if reason else fork.NAME)
+    config = dict(spec.metadata.get("kernel_provisioner", {}).get("config", {}))
+    if chosen == fork.NAME:
+        config["preload"] = [*config.get("preload", []), *preload]
+    spec.metadata = spec.metadata | {"kernel_provisioner": {"provisioner_name": chosen, "config": config}}
+    return spec, reason or "it is ipykernel in this Python"
+
+
+def _why_not_forked(spec: KernelSpec) -> str:
+    parts = fork.forkable_command(list(spec.argv))
+    if not fork.is_available():
+        return f"{sys.platform} cannot fork kernels safely"
+    if parts is None:
+        return "its command is not ipykernel's"
+    python = parts[0][0]
+    if python not in (*_PYTHON, sys.executable):
+        return f"{python} is another Python than this one"
+    return ""
 
 
 class KernelProcess:
@@ -80,7 +133,8 @@ class KernelProcess:
 
     def __init__(
         self,
-        manager: AsyncKernelManager,
+        provisioner: Any,
+        session: Session,
         folder: KernelFolder,
         stderr: int,
         message_bytes: int,
@@ -88,14 +142,14 @@ class KernelProcess:
         on_exit: Callable[[], None],
     ) -> None:
         self.folder = folder
-        self.session: Session = manager.session
+        self.session = session
         self.exited = asyncio.Event()
-        self._manager = manager
+        self._provisioner = provisioner
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
-        self._popen = manager.provisioner.process  # type: ignore[union-attr]
+        self._popen: subprocess.Popen[bytes] | fork.ForkedProcess = provisioner.process
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
@@ -103,10 +157,15 @@ class KernelProcess:
         """Messages that came in, broken ones included."""
         self.broken = 0
         """Messages that were none, or too large to be read."""
-        self._message_bytes = message_bytes
+        self.message_bytes = message_bytes
+        """A larger message is not read."""
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
-        self._pidfd = os.pidfd_open(self.pid)
+        self._pidfd = (
+            os.dup(self._popen.pidfd)
+            if isinstance(self._popen, fork.ForkedProcess)
+            else os.pidfd_open(self.pid)
+        )
         self._sockets = {
             "iopub": self._connect("iopub", zmq.SUB),
             "shell": self._connect("shell", zmq.DEALER),
@@ -123,9 +182,11 @@ class KernelProcess:
         cls,
         kernel_name: str,
         folder: KernelFolder,
-        message_bytes: int,
         on_message: OnMessage,
         on_exit: Callable[[], None],
+        *,
+        message_bytes: int,
+        preload: Sequence[str] = (),
     ) -> KernelProcess:
         """Start the process; it is not ready yet. A message of more than `message_bytes` is not read.
 
@@ -134,37 +195,47 @@ class KernelProcess:
             KernelStartError: its command could not be run.
         """
         check_platform()
-        find_kernelspec(kernel_name)
-        manager = AsyncKernelManager(
-            kernel_name=kernel_name,
-            transport="ipc",
-            ip=str(folder.path / "k"),
-            connection_file=str(folder.path / "connection.json"),
-            context=zmq.asyncio.Context(_shared_context()),
+        spec, _ = with_provisioner(find_kernelspec(kernel_name), preload)
+        session = Session(
             # Not orjson even where it is installed: it refuses text with lone surrogates.
-            session=Session(
-                key=os.urandom(32).hex().encode(), packer="json", unpacker="json", check_pid=False
-            ),
+            key=os.urandom(32).hex().encode(),
+            packer="json",
+            unpacker="json",
+            check_pid=False,
         )
+        connection_file = str(folder.path / "connection.json")
+        ports: dict[str, Any] = _PORTS
+        write_connection_file(
+            connection_file,
+            transport="ipc",
+            ip=_ip(folder),
+            key=session.key,
+            kernel_name=kernel_name,
+            **ports,
+        )
+        factory = KernelProvisionerFactory.instance()
+        provisioner = factory.create_provisioner_instance(uuid.uuid4().hex, spec, None)
+        # Without jupyter_client's KernelManager: it took 7 ms of each start, and a socket.
+        options = await provisioner.pre_launch(env=_environment(folder.path))
+        command = _formatted(options.pop("cmd"), connection_file, spec.resource_dir)
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         try:
-            await manager.start_kernel(
-                env=_environment(folder.path),
+            await provisioner.launch_kernel(
+                command,
                 cwd=str(folder.path / "work"),
-                stdout=asyncio.subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 stderr=write_end,
+                **options,
             )
-            return cls(manager, folder, read_end, message_bytes, on_message, on_exit)
+            return cls(provisioner, session, folder, read_end, message_bytes, on_message, on_exit)
         except BaseException as error:
-            # jupyter_client sleeps a little after the process is there: a cancellation can strike just then.
-            if manager.has_kernel:
-                await manager.shutdown_kernel(now=True)
+            if provisioner.has_process:
+                await provisioner.kill()
+                await provisioner.wait()
             os.close(read_end)
             if not isinstance(error, OSError):
                 raise
-            if manager.ready.done():
-                manager.ready.exception()  # read, or asyncio complains that nobody did
             raise KernelStartError(f"kernel {kernel_name!r} could not be launched: {error}") from error
         finally:
             os.close(write_end)
@@ -182,7 +253,7 @@ class KernelProcess:
             socket.subscribe(b"")
         else:
             socket.identity = self.session.bsession
-        socket.connect(f"ipc://{self._manager.ip}-{getattr(self._manager, f'{channel}_port')}")
+        socket.connect(f"ipc://{_ip(self.folder)}-{_PORTS[f'{channel}_port']}")
         return socket
 
     def message(
@@ -219,7 +290,7 @@ class KernelProcess:
     def _decode(self, frames: list[bytes]) -> dict[str, Any]:
         # `Session.deserialize` also makes datetimes of every date, which nobody here reads: half its time.
         signature, *parts = frames[frames.index(DELIM) + 1 :]
-        if (size := sum(map(len, parts))) > self._message_bytes:
+        if (size := sum(map(len, parts))) > self.message_bytes:
             raise ValueError(f"it has {size} bytes")
         if not hmac.compare_digest(signature, self.session.sign(parts[:4])):
             raise ValueError("its signature is wrong")
@@ -263,8 +334,13 @@ class KernelProcess:
 
     async def interrupt(self) -> None:
         """Interrupt what runs, the way the kernelspec asks for."""
-        if not self.exited.is_set():
-            await self._manager.interrupt_kernel()
+        if self.exited.is_set():
+            return
+        if self._provisioner.kernel_spec.interrupt_mode == "signal":
+            await self._provisioner.send_signal(signal.SIGINT)
+            return
+        control = self._sockets.setdefault("control", self._connect("control", zmq.DEALER))
+        self.session.send(control, self.message("interrupt_request", {}))
 
     async def settle(self, seconds: float = 0.05) -> None:
         """Read what a dead process has left in its sockets, until nothing came for `seconds`."""
@@ -291,9 +367,8 @@ class KernelProcess:
     async def _kill(self) -> None:
         await self.terminate()
         self._release()
-        await self._manager.provisioner.wait()  # type: ignore[union-attr]
-        await self._manager.cleanup_resources()
-        await run_in_thread(self.folder.remove)
+        await self._provisioner.wait()
+        await run_in_thread(self.folder.remove, is_deserted=self._is_deserted)
         _live.discard(self)
 
     def kill_now(self) -> None:
@@ -302,7 +377,17 @@ class KernelProcess:
         self._signal_group()
         self._popen.wait()
         self._release()
-        self.folder.remove()
+        self.folder.remove(is_deserted=self._is_deserted)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether it comes from a template, with the guest's modules."""
+        return isinstance(self._popen, fork.ForkedProcess)
+
+    @property
+    def _is_deserted(self) -> bool:
+        """Whether nothing is left of the processes that the kernel started."""
+        return isinstance(self._popen, fork.ForkedProcess) and self._popen.is_alone
 
     async def kill_soon(self) -> None:
         """`kill_now` on the loop."""
@@ -337,6 +422,7 @@ def _kill_what_is_left() -> None:
             asyncio.run_coroutine_threadsafe(process.kill_soon(), process._loop).result(5)
         else:
             process.kill_now()
+    fork.close_templates()
 
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
@@ -352,6 +438,18 @@ def _shared_context() -> zmq.Context[zmq.Socket[bytes]]:
     return context
 
 
+def _ip(folder: KernelFolder) -> str:
+    return str(folder.path / "k")
+
+
+def _formatted(command: list[str], connection_file: str, resource_dir: str) -> list[str]:
+    """A kernelspec's command with its placeholders filled in, as jupyter_client does it."""
+    values = {"connection_file": connection_file, "prefix": sys.prefix, "resource_dir": resource_dir}
+    if command[0] in _PYTHON:
+        command = [sys.executable, *command[1:]]
+    return [re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part) for part in command]
+
+
 def _fileno(socket: zmq.Socket[bytes]) -> int:
     return int(socket.get(zmq.FD))
 
@@ -359,9 +457,7 @@ def _fileno(socket: zmq.Socket[bytes]) -> int:
 def _environment(folder: Path) -> dict[str, str]:
     return {
         **from_env().kernel_variables,
-        "HOME": str(folder / "home"),
-        "TMPDIR": str(folder / "tmp"),
-        "IPYTHONDIR": str(folder / "ipython"),
+        **fork.environment_of_folder(folder),
         # Sets of text have the same order in every kernel; else the same seed would not give the same output.
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

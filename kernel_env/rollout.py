@@ -24,6 +24,7 @@ from kernel_env.helpers import HostHelpers
 from kernel_env.install import KernelSetup
 from kernel_env.kernel import Kernel
 from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
+from kernel_env.pool import start_kernel
 from kernel_env.rubrics import Scorer
 from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation
 
@@ -87,13 +88,14 @@ class Rollout:
             started=time.time(),
         )
         clock = time.monotonic()
-        kernel = await Kernel.start(
+        kernel = await start_kernel(
             KernelSetup(
                 kernel_name=config.kernel_name,
                 limits=limits,
                 helpers=helpers.available(),
                 context=context,
                 seed=seed,
+                preload=tuple(config.preload),
             )
         )
         record.start_time = time.monotonic() - clock

@@ -32,6 +32,9 @@ def clean_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The developer's own settings must not reach the tests."""
     monkeypatch.delenv("REPL_CONTEXT", raising=False)
     monkeypatch.delenv("REPL_TASK_PROMPT", raising=False)
+    monkeypatch.delenv("KERNEL_ENV_MAX_KERNELS", raising=False)
+    # What a test counts is its own; `test_pool.py` asks for spares.
+    monkeypatch.setenv("KERNEL_ENV_SPARES", "0")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import types
 _modules = {}
 for _name, _source in request["sources"].items():  # type: ignore[name-defined]  # noqa: F821
     _full = f"_kernel_env_{_name}"
-    if _full not in sys.modules:
+    if _full not in sys.modules:  # as text, unless the kernel was forked with it
         _module = types.ModuleType(_full)
         # Builtins of its own: the ones that a cell replaces are not ours.
         _module.__dict__["__builtins__"] = dict(vars(builtins))
@@ -18,8 +18,9 @@ for _name, _source in request["sources"].items():  # type: ignore[name-defined] 
         exec(compile(_source, _full, "exec"), _module.__dict__)
     _modules[_name] = sys.modules[_full]
 
-_modules["helpers"].install(
-    shell,  # type: ignore[name-defined]  # noqa: F821
-    _modules,
-    request["options"],  # type: ignore[name-defined]  # noqa: F821
-)
+if request["options"] is not None:  # type: ignore[name-defined]  # noqa: F821 - a template only makes modules
+    _modules["helpers"].install(
+        shell,  # type: ignore[name-defined]  # noqa: F821
+        _modules,
+        request["options"],  # type: ignore[name-defined]  # noqa: F821
+    )

@@ -1,6 +1,6 @@
 """Puts back, after every cell, the parts of the kernel that a cell can break; carries interrupts to it.
 
-Runs inside the kernel, on the standard library and IPython alone.
+Runs inside the kernel, on the standard library, IPython and pyzmq alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import json
 import operator
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,10 +24,13 @@ from signal import setitimer as set_timer
 from signal import signal as set_signal
 from typing import Any
 
+import zmq
+
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 MODULES = (builtins, threading, json, time, signal, os)  # what ipykernel calls on the way to a reply
 PROBE_SECONDS = 1.0
 OURS = frozenset({"input"})  # ipykernel's own while a cell runs
+SOCKET_METHODS = ("send", "recv", "send_multipart", "recv_multipart")
 SHELL = (
     *("user_ns", "user_module", "payload_manager", "displayhook", "display_pub", "display_formatter"),
     *("events", "history_manager", "input_transformer_manager", "compile", "kernel"),
@@ -44,7 +48,7 @@ class Guard:
         self.is_interruptible = False
         """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
         self._shell = shell
-        self._streams = streams
+        self.streams = streams
         self._shell_parts = {name: getattr(shell, name) for name in SHELL}
         self._transformers = list(shell.input_transformers_post)
         self._modules = dict(sys.modules)
@@ -55,6 +59,7 @@ class Guard:
         for module in MODULES:
             found = {n: f for n, f in vars(module).items() if callable(f) and n not in passing}
             self._functions.append((module.__name__, vars(module), tuple(found), tuple(found.values())))
+        self._socket_methods = {name: vars(zmq.Socket).get(name) for name in SOCKET_METHODS}
         # IPython 9 keeps a copy of all that is written, for a magic that exports it; it grows without bound
         # and is half the cost of a print. The copying that is under way for this request is undone later.
         shell._tee = lambda channel: contextlib.nullcontext()
@@ -63,7 +68,7 @@ class Guard:
         """Let interrupts through, when the cell's code runs."""
         set_signal(signal.SIGINT, self._on_sigint)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for stream in self._streams:
+        for stream in self.streams:
             vars(stream).pop("write", None)
 
     def _on_sigint(self, _: int, frame: Any) -> None:
@@ -71,7 +76,7 @@ class Guard:
             raise KeyboardInterrupt
 
     def _is_in_stream(self, frame: Any) -> bool:
-        return any(hasattr(s, "postpones_interrupt") and s.postpones_interrupt(frame) for s in self._streams)
+        return any(hasattr(s, "postpones_interrupt") and s.postpones_interrupt(frame) for s in self.streams)
 
     def after_cell(self, *, has_failed: bool) -> list[str]:
         """Put back what the cell broke and name it; from here on no timer strikes.
@@ -89,6 +94,7 @@ class Guard:
                 broken.append("a timer")
         broken += self._restore_streams()
         broken += self._restore_shell()
+        broken += self._restore_sockets()
         loop = asyncio.get_running_loop()
         if getattr(loop, "_stopping", False):  # the process would end with its loop
             loop._stopping = False  # type: ignore[attr-defined]
@@ -113,6 +119,17 @@ class Guard:
         if "builtins" not in sys.modules:
             sys.modules.update({n: m for n, m in self._modules.items() if n not in sys.modules})
             broken.append("sys.modules")
+        return broken
+
+    def _restore_sockets(self) -> list[str]:
+        broken = []
+        for name, method in self._socket_methods.items():
+            if vars(zmq.Socket).get(name) is not method:
+                if method is None:  # its base class has it
+                    delattr(zmq.Socket, name)
+                else:
+                    setattr(zmq.Socket, name, method)
+                broken.append(f"zmq.Socket.{name}")
         return broken
 
     def _restore_shell(self) -> list[str]:
@@ -140,23 +157,23 @@ class Guard:
 
     def before_display(self) -> None:
         """Publish what was written before a display or a result."""
-        for stream in self._streams:
+        for stream in self.streams:
             getattr(stream, "before_display", stream.flush)()
 
     def end_cell(self) -> None:
         """Publish the last of what the cell wrote."""
-        for stream in self._streams:
+        for stream in self.streams:
             if hasattr(stream, "end_cell"):
                 stream.end_cell()
 
     def flush(self) -> None:
         """Publish what stands in the streams' buffers."""
-        for stream in self._streams:
+        for stream in self.streams:
             stream.flush()
 
     def _restore_streams(self) -> list[str]:
         broken = []
-        for name, stream in zip(("stdout", "stderr"), self._streams):  # noqa: B905 - Python 3.9
+        for name, stream in zip(("stdout", "stderr"), self.streams):  # noqa: B905 - Python 3.9
             if getattr(sys, name, None) is not stream:
                 setattr(sys, name, stream)
                 broken.append(f"sys.{name}")
@@ -193,7 +210,7 @@ class Guard:
             self._mute(False)
 
     def _mute(self, muted: bool) -> None:
-        for stream in self._streams:
+        for stream in self.streams:
             if hasattr(stream, "mute"):
                 stream.mute(muted)
 
@@ -247,3 +264,5 @@ def die_with(connection: Any) -> None:
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(fd, getattr(fcntl, "F_SETSIG", 10), int(signal.SIGKILL))
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([fd], [], [], 0)[0]:  # it was gone already
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import re
 import sys
@@ -28,10 +29,15 @@ REPR_SECONDS = 1.0
 NAME_CHARS = 1000
 
 _guest: Guest | None = None
+_is_seeded = False
 
 
 class CellExit(BaseException):
     """Raised by `exit()` and `quit()`: ends the cell, not the kernel."""
+
+
+class PreloadError(Exception):
+    """A module that the user wants imported cannot be."""
 
 
 class Guest:
@@ -53,10 +59,11 @@ class Guest:
             if name.startswith("_") or name in shell.user_ns_hidden
         }
 
-    def put_in_place(self) -> None:
-        """Fill the namespace, and take it as the state that the first report compares with."""
-        self.shell.push(self.helpers, interactive=False)
-        self._restore_data()
+    def put_in_place(self, *, is_blank: bool) -> None:
+        """Fill the namespace, unless it is to stay blank; the first report compares with it."""
+        if not is_blank:
+            self.shell.push(self.helpers, interactive=False)
+            self._restore_data()
         self._known = {name: self._identity(value) for name, value in self._user_variables().items()}
         self.shell.payload_manager.write_payload(self._report({}, [], []))
 
@@ -314,7 +321,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
 
     `modules` are the guest's other modules, by name.
     """
-    global _guest
+    global _guest, _is_seeded
     bridge, guard, kernel = modules["bridge"], modules["guard"], shell.kernel
     # What can be done again is: a cell may have undone it.
     kernel.session.pack, kernel.session.unpack = (
@@ -333,17 +340,18 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         kernel._execute_sleep = 0
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
         kernel.log.setLevel("WARNING")
-        if options["seed"] is not None:
-            modules["seeds"].seed_generators(options["seed"])
-        streams = tuple(
-            modules["streams"].adopt(s, options["stream_chars"]) for s in (sys.stdout, sys.stderr)
-        )
-        the_guard = guard.Guard(shell, streams)
+        the_guard = guard.Guard(shell, (sys.stdout, sys.stderr))
         # At the default of 1,000 messages zmq drops output, `idle` included, while the host's reader is slow.
         iopub = kernel.iopub_thread
         iopub.schedule(functools.partial(iopub.socket.set, zmq.SNDHWM, 0))
     else:
         the_guard = _guest.guard
+    for stream in the_guard.streams:
+        modules["streams"].adopt(stream, options["stream_chars"])
+    _preload(options["preload"])
+    if options["seed"] is not None and not _is_seeded:
+        modules["seeds"].seed_generators(options["seed"])
+        _is_seeded = True
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
     lifeline = None if _guest is None else _guest.lifeline
     _guest = Guest(shell, bridge, the_guard, options)
@@ -359,7 +367,15 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     shell.displayhook.finish_displayhook = functools.partial(_finish_result, the_guard, finish)
     bridge.publish(_guest.helpers, options["folder"])
     bridge.enter_cell(kernel.get_parent()["header"]["msg_id"])
-    _guest.put_in_place()
+    _guest.put_in_place(is_blank=options["is_blank"])
+
+
+def _preload(names: list[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - a module of the user's
+            raise PreloadError(f"preload: {name} cannot be imported: {error!r}") from None
 
 
 def _finish_result(guard: Any, finish: Any) -> None:

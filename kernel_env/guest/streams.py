@@ -10,6 +10,7 @@ import fcntl
 import os
 import select
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -71,22 +72,30 @@ class CellStream(OutStream):
 
     flush_timeout = 2  # a cell may have stopped the thread that publishes
 
-    # Set by `adopt`, which turns a stream that exists into one of this class.
     _fid: int
-    _allowance_size: int
+    _allowance_size: int | None
     _allowances: dict[str, Allowance]
     _pending: dict[str, tuple[Any, list[str]]]
     _muted_thread: int | None
     _is_interrupted = False
 
-    def begin(self, allowance: int) -> None:
-        """Give every cell from here on `allowance` characters at once and as many at its end."""
+    def __init__(self, session: Any, pub_thread: Any, name: str) -> None:
+        super().__init__(session, pub_thread, name, watchfd=False)  # type: ignore[no-untyped-call]
+        self._original_stdstream_fd = getattr(sys, name).fileno()
+        self.begin(None)
+
+    def begin(self, allowance: int | None) -> None:
+        """Give every cell from here on `allowance` characters at once and as many at its end; or any."""
         self._allowance_size = allowance
         self._allowances = {}
         self._pending = {}
         self._muted_thread = None
         self._capture()
         os.register_at_fork(after_in_child=self._after_fork)
+
+    def limit(self, allowance: int) -> None:
+        """Change it, for cells that have not written yet."""
+        self._allowance_size = allowance
 
     def write(self, string: str) -> int:
         """Take text of the cell that this thread or task belongs to."""
@@ -111,9 +120,10 @@ class CellStream(OutStream):
     def _put(self, header: Any, text: str) -> None:
         identifier = header.get("msg_id", "")
         with self._buffer_lock:
-            if identifier not in self._allowances:
-                self._allowances[identifier] = Allowance(self._allowance_size)
-            text = self._allowances[identifier].take(text)
+            if self._allowance_size is not None:
+                if identifier not in self._allowances:
+                    self._allowances[identifier] = Allowance(self._allowance_size)
+                text = self._allowances[identifier].take(text)
             if not text:
                 return
             if identifier not in self._pending:
@@ -209,30 +219,29 @@ class CellStream(OutStream):
     # What is written to the file descriptor, by C code and by child processes.
 
     def _capture(self) -> None:
-        """Take over from ipykernel's reader: it reads 1,000 bytes at a time and cuts characters in two."""
-        fd: int = self._original_stdstream_fd
-        self._fd = fd
+        """Read the descriptor in the publishing thread, in place of a thread of ipykernel's.
+
+        That one reads 1,000 bytes at a time and cuts characters in two.
+        """
+        self._fd: int = self._original_stdstream_fd
         self._should_watch = False
-        os.write(fd, b"\0")
-        self.watch_fd_thread.join(1)
-        os.close(self._fid)
+        if self._fid is not None:
+            os.write(self._fd, b"\0")
+            self.watch_fd_thread.join(1)
+            os.close(self._fid)
         self._fid, self._write_end = os.pipe()
         os.set_blocking(self._fid, False)
-        os.dup2(self._write_end, fd)
+        os.dup2(self._write_end, self._fd)
         self._writing = os.memfd_create("kernel_env")
         self._readable = select.poll()
         self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pump_lock = self._buffer_lock  # one lock: a print in a signal handler may come under either
-        self.watch_fd_thread = threading.Thread(target=self._watch, daemon=True, name=f"capture-{self.name}")
-        self.watch_fd_thread.start()
+        self.pub_thread.schedule(self._watch)
 
     def _watch(self) -> None:
-        readable = select.poll()
-        readable.register(self._fid, select.POLLIN)
-        while True:
-            readable.poll()
-            self.pump()
+        loop = self.pub_thread.io_loop
+        loop.add_handler(self._fid, lambda *_: self.pump(), loop.READ)
 
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then in the stream."""
@@ -310,8 +319,11 @@ def adopt(stream: Any, allowance: int) -> Any:
 
     A stream of an ipykernel that is built otherwise (before 6.29) stays what it is.
     """
-    is_known = isinstance(stream, OutStream) and hasattr(stream, "_parent_header_global")
-    if is_known and getattr(stream, "_fid", None) is not None and not isinstance(stream, CellStream):
+    if isinstance(stream, CellStream):
+        stream.limit(allowance)
+    elif (
+        isinstance(stream, OutStream) and hasattr(stream, "_parent_header_global") and stream._fid is not None
+    ):
         stream.__class__ = CellStream
-        stream.begin(allowance)
+        CellStream.begin(stream, allowance)  # type: ignore[arg-type]
     return stream

@@ -111,6 +111,7 @@ KEPT: dict[str, str] = {
     "modules are cleared": "import sys; sys.modules.clear()",
     "the namespace is replaced": "get_ipython().user_ns = {}",
     "the module is replaced": "get_ipython().user_module = None",
+    "zmq is patched": "import zmq; zmq.Socket.send = zmq.Socket.send_multipart = None",
     "payloads are replaced": "get_ipython().payload_manager = None",
     "displays are replaced": "get_ipython().display_pub = get_ipython().displayhook = None",
     "a transformer that fails": "get_ipython().input_transformers_post.append(lambda lines: 1 / 0)",
@@ -152,7 +153,6 @@ KEPT: dict[str, str] = {
 """Name → cell after which the same kernel goes on with its variables."""
 
 LOST: dict[str, str] = {
-    "zmq is patched": "import zmq; zmq.Socket.send = zmq.Socket.send_multipart = None",
     "the session is patched": "get_ipython().kernel.session.send = None",
     "the output channel is closed": "get_ipython().kernel.iopub_thread.close()",
     "the output thread is stopped": "get_ipython().kernel.iopub_thread.stop()",

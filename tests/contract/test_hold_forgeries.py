@@ -44,10 +44,13 @@ def forge(*args, **kwargs):
 def idle():
     forge('status', {'execution_state': 'idle'})
 def reply(content, parent=None):
-    manager = kernel.shell_channel_thread.manager
-    frames = signed(*parts('execute_reply', content, parent))
     host = kernel.get_parent()['header']['session'].encode()
-    manager.get_subshell_to_shell_channel_socket(None).send_multipart([host, *frames])
+    frames = [host, *signed(*parts('execute_reply', content, parent))]
+    if kernel.shell_channel_thread:
+        kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None).send_multipart(frames)
+    else:
+        kernel.shell_stream.send_multipart(frames)
+        kernel.shell_stream.flush()
 """
 
 
@@ -381,9 +384,12 @@ FAILS_BEFORE_OURS = """
 import time, zmq
 print('STARTED', flush=True)
 kernel = get_ipython().kernel
-queue = kernel.shell_channel_thread.manager._shell_channel_to_main
-while not queue.to_socket.get(zmq.EVENTS) & zmq.POLLIN: time.sleep(0.005)
-kernel.io_loop.add_callback(queue.to_stream.flush)  # to have looked takes away what wakes the loop
+if kernel.shell_channel_thread:
+    stream = kernel.shell_channel_thread.manager._shell_channel_to_main.to_stream
+else:
+    stream = kernel.shell_stream
+while not stream.socket.get(zmq.EVENTS) & zmq.POLLIN: time.sleep(0.005)
+kernel.io_loop.add_callback(stream.flush)  # to have looked takes away what wakes the loop
 1 / 0
 """
 

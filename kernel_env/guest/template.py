@@ -1,0 +1,285 @@
+"""The warm process that kernels are forked from: it imports and builds all that they share, then waits.
+
+Started by path with one argument, a JSON object: `control`, `lifeline` (file descriptors), `modules` (names
+of the guest's), `arguments` (of the kernel, without its connection file), `preload`.
+
+A datagram on `control` asks for a kernel: a JSON object with `connection_file`, `environ`, `folder` and
+`argv`, and three descriptors: stdout, stderr, and a socket that belongs to this kernel alone. On that come,
+one datagram each: `{"pid": n}` with a pidfd, `{"bound": true}` from the kernel when clients can connect,
+`{"status": n}` when it has ended and nothing is left of its processes, or `{"error": text}`. When the other
+end is closed, Linux kills the kernel. A module that cannot be preloaded is told as `{"preload": text}`.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
+REQUEST_BYTES = 2**20
+
+prctl = ctypes.CDLL(None).prctl
+
+
+def main() -> None:
+    """Be the template until the host is gone; a kernel that it forks comes back from `serve`, too."""
+    sys.path.pop(0)  # this file's folder: its modules have names that others use
+    options = json.loads(sys.argv[1])
+    modules = load(options["modules"])
+    lifeline = socket.socket(fileno=options["lifeline"])
+    modules["guard"].die_with(lifeline)
+    # An orphan becomes a child of the nearest of these: of its kernel, and of this process when that is gone.
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    fault, app = {}, None
+    try:
+        app = build(modules, options)
+    except PreloadError as error:
+        fault = {"preload": str(error)}
+    except Exception as error:  # noqa: BLE001 - told to whoever asks for a kernel
+        fault = {"error": f"{type(error).__name__}: {error}"}
+    control = socket.socket(fileno=options["control"])
+    request, descriptors = Template(control, lifeline, fault).serve(settle(modules, app))
+    become_kernel(app, modules, request, descriptors)
+
+
+def load(names: list[str]) -> Any:
+    """The guest's modules, made as a kernel makes them."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    sources = {}
+    for name in ("boot", *names):
+        with open(os.path.join(folder, f"{name}.py"), encoding="utf-8") as file:
+            sources[name] = file.read()
+    boot = compile(sources.pop("boot"), "boot.py", "exec")
+    namespace: dict[str, Any] = {"request": {"sources": sources, "options": None}}
+    exec(boot, namespace)
+    return namespace["_modules"]
+
+
+def build(modules: Any, options: dict[str, Any]) -> Any:
+    """The application that every kernel starts from, with all that is preloaded."""
+    given = set(os.environ)
+    # A library that starts its threads when it is imported could not be forked.
+    single = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if name not in os.environ}
+    os.environ.update(single)
+    sys.modules["debugpy"] = None  # type: ignore[assignment] # a debugger starts threads, in a process to be forked
+    app = modules["app"].ForkedApp.instance()
+    app.stream_class = modules["streams"].CellStream
+    app.prepare(options["arguments"])
+    del sys.modules["debugpy"]
+    for name in options["preload"]:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise PreloadError(f"preload: {name} cannot be imported: {error!r}") from error
+        if (threads := len(os.listdir("/proc/self/task"))) > 1:
+            raise PreloadError(
+                f"preload: importing {name} starts {threads - 1} threads, and a process with threads cannot "
+                "be forked safely; import it in a cell instead"
+            )
+    for name in single:
+        del os.environ[name]
+    app.variables = {name: os.environ[name] for name in set(os.environ) - given}  # MPLBACKEND is one
+    return app
+
+
+def settle(modules: Any, app: Any) -> Iterator[None]:
+    """Spare kernels time and memory: what each would do first is done, what they share stays in place."""
+    for cell in modules["app"].WARM_CELLS:
+        yield app.warm_up(cell)
+    gc.collect()
+    gc.freeze()  # or the first collection in a kernel would copy every page
+    yield
+    # Fill the holes in the heap, 128 KiB of each size: else what a kernel makes would go into pages that it
+    # shares, and copy them; 0.4 MB of each.
+    empty = sys.getsizeof(b"")
+    app.filling = [bytes(size - empty) for size in range(48, 513, 16) for _ in range(2**17 // size)]
+
+
+class PreloadError(Exception):
+    """A module of the user's cannot be shared by forked kernels."""
+
+
+class Template:
+    """The loop that forks: takes requests, tells of ends."""
+
+    def __init__(self, control: socket.socket, lifeline: socket.socket, fault: dict[str, str]) -> None:
+        self._control = control
+        control.setblocking(False)
+        self._fault = fault
+        self._kernels: dict[int, socket.socket] = {}
+        self._ended: dict[int, int] = {}  # of the kernels, those whose processes may not all be gone
+        self._wake, wake = socket.socketpair()
+        self._wake.setblocking(False)
+        wake.setblocking(False)
+        self._own = (control, lifeline, self._wake, wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self._limit[1], self._limit[1]))
+
+    def serve(self, chores: Iterator[None]) -> tuple[dict[str, Any], list[int]]:
+        """Fork what is asked for; returns in the kernel, with its request and its descriptors.
+
+        The chores are done while nobody waits: the first kernel of a host is wanted now.
+        """
+        ready = select.poll()
+        ready.register(self._control, select.POLLIN)
+        ready.register(self._wake, select.POLLIN)
+        while True:
+            while not self._fault and not ready.poll(0) and next(chores, self) is not self:
+                pass
+            ready.poll()
+            self._reap()
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, 3)
+            except BlockingIOError:
+                continue
+            if not data:
+                os._exit(0)
+            request = json.loads(data)
+            if self._fork(socket.socket(fileno=descriptors[2])):
+                return request, descriptors
+            os.close(descriptors[0])
+            os.close(descriptors[1])
+
+    def _fork(self, channel: socket.socket) -> bool:
+        """Fork, tell the host of it, and say whether this is the new process."""
+        if self._fault:
+            return self._refuse(channel, self._fault)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            return self._refuse(channel, {"error": f"no process could be forked: {error.strerror}"})
+        if pid == 0:
+            self._leave()
+            channel.detach()
+            return True
+        self._kernels[pid] = channel
+        pidfd = os.pidfd_open(pid)
+        tell(channel, {"pid": pid}, pidfd)
+        os.close(pidfd)
+        return False
+
+    @staticmethod
+    def _refuse(channel: socket.socket, fault: dict[str, str]) -> bool:
+        tell(channel, fault)
+        channel.close()
+        return False
+
+    def _leave(self) -> None:
+        # In the new kernel: what the template holds of itself and of the others must not be within its reach.
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for held in (*self._own, *self._kernels.values()):
+            held.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._limit)
+
+    def _reap(self) -> None:
+        try:
+            self._wake.recv(4096)
+        except BlockingIOError:
+            return
+        while (found := next_end()) is not None:
+            if found[0] in self._kernels:
+                self._ended.update([found])
+        if self._ended and not self._kill_orphans():
+            for pid, status in self._ended.items():
+                channel = self._kernels.pop(pid)
+                tell(channel, {"status": os.waitstatus_to_exitcode(status)})
+                channel.close()
+            self._ended.clear()
+
+    def _kill_orphans(self) -> bool:
+        """Kill what ended kernels left behind; True if there was any: their ends come here, too."""
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+                left = [pid for pid in map(int, file.read().split()) if pid not in self._kernels]
+        except FileNotFoundError:  # a kernel built without it: what left its group is found by its folder
+            return False
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return bool(left)
+
+
+def next_end() -> tuple[int, int] | None:
+    """A child that has ended, and how."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
+
+
+def tell(channel: socket.socket, message: dict[str, Any], *descriptors: int) -> None:
+    """Send a datagram, unless nobody reads there any more."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    try:
+        # Not `socket.send_fds`, which forgets its flags (Python 3.11): a kernel may have filled its socket.
+        channel.sendmsg([json.dumps(message).encode()], rights, socket.MSG_DONTWAIT)
+    except OSError:
+        return
+
+
+def become_kernel(app: Any, modules: Any, request: dict[str, Any], descriptors: list[int]) -> None:
+    """In the forked process: forget what siblings share, bind, and serve until the kernel ends."""
+    os.setsid()
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stdout, stderr, channel = descriptors
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for fd, place in ((nothing, 0), (stdout, 1), (stderr, 2)):
+        os.dup2(fd, place)
+        os.close(fd)
+    told = socket.socket(fileno=channel)
+    modules["guard"].die_with(told)
+    set_environment(app.variables | request["environ"])
+    os.chdir(request["folder"])
+    sys.argv = request["argv"]
+    forget_what_is_shared()
+    try:
+        app.open(request["connection_file"])
+    except Exception as error:
+        tell(told, {"error": f"{type(error).__name__}: {error}"})
+        raise
+    tell(told, {"bound": True})
+    app.start()
+
+
+def set_environment(wanted: dict[str, str]) -> None:
+    """Make `os.environ` what is wanted, without writing what it is already."""
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def forget_what_is_shared() -> None:
+    """Let no two kernels draw the same random numbers or use the same folders."""
+    shared = sys.modules
+    shared["tempfile"].tempdir = None  # type: ignore[attr-defined]
+    # `random` and OpenSSL see to it themselves; `uuid` and `secrets` ask the system.
+    if "numpy" in shared:
+        shared["numpy"].random.seed()
+    if "torch" in shared:
+        shared["torch"].seed()
+    if "multiprocessing.process" in shared:
+        process = shared["multiprocessing.process"].current_process()
+        process.authkey = os.urandom(32)
+    if "matplotlib" in shared:
+        for name in ("get_cachedir", "get_configdir"):
+            getattr(shared["matplotlib"], name).cache_clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How kernel processes come to exist, as Jupyter knows them: by entry point."""
