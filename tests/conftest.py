@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,23 @@ def temporary_folder() -> Iterator[Path]:
     left = [path.name for path in folder.glob("ke-*")]
     shutil.rmtree(folder)
     assert not left, f"kernel folders left behind: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stock_kernelspec(temporary_folder: Path) -> Iterator[None]:
+    """A kernelspec "stock" like "python3", whose kernels are started, not forked."""
+    folder = temporary_folder / "jupyter" / "kernels" / "stock"
+    folder.mkdir(parents=True)
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "stock",
+        "language": "python",
+        "metadata": {"kernel_provisioner": {"provisioner_name": "local-provisioner"}},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder.parents[1]))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ class Facade(Protocol):
 MakeFacade = Callable[..., Facade]
 StartEnv = Callable[..., LocalREPLEnv]
 
-KERNELS = ["python3"]
-"""Kernel names that must hold against everything in `test_hold_*.py`: one line for each kind of kernel."""
+KERNELS = ["python3", "stock"]
+"""A kernel name of each kind, which all must hold against everything in `test_hold_*.py`: forked, and not."""
 
 
 class Local:
@@ -94,13 +94,17 @@ class Async:
         return self._env.episode
 
 
-@pytest.fixture(params=["local", "async"])
+@pytest.fixture(
+    params=[(Local, "python3"), (Async, "python3"), (Local, "stock")],
+    ids=lambda kind: "-".join((kind[0].__name__.lower(), kind[1])),
+)
 def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
-    """Make facades of the kind under test; they are closed at the end."""
+    """Make facades of the kind under test, over the kernels under test; they are closed at the end."""
     made: list[Local | Async] = []
+    facade, kernel_name = request.param
 
     def make_one(**options: Any) -> Facade:
-        made.append(Local(**options) if request.param == "local" else Async(**options))
+        made.append(facade(**{"kernel_name": kernel_name, **options}))
         return made[-1]
 
     yield make_one
