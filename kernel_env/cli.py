@@ -29,7 +29,7 @@ from kernel_env.errors import ConfigError, KernelEnvError
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import check_target, read_cells
 from kernel_env.outputs import stderr_text, stdout_text
-from kernel_env.process import check_platform
+from kernel_env.process import LOCAL, check_platform, find_kernelspec, with_provisioner
 
 __all__ = ["app"]
 
@@ -282,7 +282,17 @@ def _check_kernelspecs() -> str:
     found = KernelSpecManager().find_kernel_specs()
     if not found:
         raise ConfigError("none; pip install ipykernel")
-    return ", ".join(sorted(found))
+    return "\n".join(f"{name}: {_how_started(name)}" for name in sorted(found))
+
+
+def _how_started(name: str) -> str:
+    try:
+        spec, reason = with_provisioner(find_kernelspec(name), ())
+    except ConfigError as error:
+        return f"not usable: {error}"
+    if spec.metadata["kernel_provisioner"]["provisioner_name"] == LOCAL:
+        return f"started, not forked: {reason}"
+    return f"forked, without a debugger: {reason}"
 
 
 def _check_system_calls() -> str:

@@ -38,8 +38,11 @@ async def start_kernel(setup: KernelSetup) -> Kernel:
     Raises:
         ConfigError, KernelStartError: as `Kernel.start`.
     """
-    if is_forked_kind(setup.kernel_name):
-        return await KernelPool.of_loop(setup.kernel_name, setup.preload).start(setup)
+    pool = _pools.get(asyncio.get_running_loop(), {}).get((setup.kernel_name, setup.preload))
+    if pool is None and is_forked_kind(setup.kernel_name):
+        pool = KernelPool.of_loop(setup.kernel_name, setup.preload)
+    if pool is not None:
+        return await pool.start(setup)
     await _slots.take()
     return await _started(setup)
 
@@ -100,7 +103,9 @@ class KernelPool:
         self._in_use += 1
         self._most_in_use = max(self._most_in_use, self._in_use)
         kernel.on_closed.append(self._take_back)
-        if self._starts > 1:
+        if _slots.is_wanted:
+            self.drop_spares_soon()
+        elif self._starts > 1:
             self._fill_soon()
         return kernel
 
@@ -118,7 +123,10 @@ class KernelPool:
             kernel = self._spares.popleft()
             try:
                 await kernel.begin(setup)
-            except KernelStartError as error:
+            except BaseException as error:
+                await kernel.close()
+                if not isinstance(error, KernelStartError):
+                    raise
                 log.warning("a ready kernel could not be used: %s", error)
             else:
                 return kernel
@@ -149,7 +157,8 @@ class KernelPool:
         except KernelEnvError as error:
             log.warning("no kernel could be made ready: %s", error)
             return None
-        if self._is_closed:
+        is_promised = self._making is None
+        if self._is_closed or (_slots.is_wanted and not is_promised):
             await kernel.close()
             return None
         self._spares.append(kernel)
@@ -216,6 +225,11 @@ class _Slots:
                 return False
             self._used += 1
             return True
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for one."""
+        return bool(self._waiting)
 
     async def take(self) -> None:
         """Take one, in the order of asking."""

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKerne
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.session import DELIM, Session
 
-from kernel_env.config import from_env
+from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.folder import KernelFolder
 from kernel_env.portal import run_in_thread
@@ -195,6 +196,7 @@ class KernelProcess:
             KernelStartError: its command could not be run.
         """
         check_platform()
+        _allow_files()
         spec, _ = with_provisioner(find_kernelspec(kernel_name), preload)
         session = Session(
             # Not orjson even where it is installed: it refuses text with lone surrogates.
@@ -327,6 +329,8 @@ class KernelProcess:
         code = self._popen.returncode
         if code is None:
             return "is running"
+        if self.is_forked and not self._is_deserted:
+            return "ended; how is not known, for its template was killed"
         if code >= 0:
             return f"exited with code {code}"
         named = -code in signal.Signals.__members__.values()
@@ -436,6 +440,13 @@ def _shared_context() -> zmq.Context[zmq.Socket[bytes]]:
         context = _contexts.setdefault(os.getpid(), zmq.Context())
         context.set(zmq.MAX_SOCKETS, 65_535)
     return context
+
+
+def _allow_files() -> None:
+    """Raise this process's soft limit on open files to the hard one, before many kernels reach it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard and (len(_live) + 1) * FILES_OF_KERNEL > soft // 2:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _ip(folder: KernelFolder) -> str:

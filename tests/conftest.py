@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 from kernel_env import LocalREPLEnv
 
 MakeEnv = Callable[..., LocalREPLEnv]
+InstallKernelspec = Callable[..., None]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,6 +56,20 @@ def clean_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KERNEL_ENV_MAX_KERNELS", raising=False)
     # What a test counts is its own; `test_pool.py` asks for spares.
     monkeypatch.setenv("KERNEL_ENV_SPARES", "0")
+
+
+@pytest.fixture
+def install_kernelspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstallKernelspec:
+    """Install a kernelspec in a folder of this test."""
+    monkeypatch.setenv("JUPYTER_PATH", f"{tmp_path}{os.pathsep}{os.environ['JUPYTER_PATH']}")
+
+    def install(name: str, argv: list[str], **fields: Any) -> None:
+        folder = tmp_path / "kernels" / name
+        folder.mkdir(parents=True)
+        spec = {"argv": argv, "display_name": name, "language": "python", **fields}
+        (folder / "kernel.json").write_text(json.dumps(spec))
+
+    return install
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -155,20 +154,6 @@ def test_stop_ends_the_cell_that_runs() -> None:
 def test_an_unknown_kernelspec_lists_the_installed_ones() -> None:
     with pytest.raises(ConfigError, match=r"kernel_name='nosuch' is not installed; installed: .*python3"):
         asyncio.run(Kernel.start(setup(kernel_name="nosuch")))
-
-
-@pytest.fixture
-def install_kernelspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install a kernelspec in a folder of this test."""
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-
-    def install(name: str, argv: list[str], **fields: Any) -> None:
-        folder = tmp_path / "kernels" / name
-        folder.mkdir(parents=True)
-        spec = {"argv": argv, "display_name": name, "language": "python", **fields}
-        (folder / "kernel.json").write_text(json.dumps(spec))
-
-    return install
 
 
 @pytest.mark.parametrize(

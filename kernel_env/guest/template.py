@@ -242,11 +242,11 @@ def become_kernel(app: Any, modules: Any, request: dict[str, Any], descriptors: 
         os.close(fd)
     told = socket.socket(fileno=channel)
     modules["guard"].die_with(told)
-    set_environment(app.variables | request["environ"])
-    os.chdir(request["folder"])
-    sys.argv = request["argv"]
-    forget_what_is_shared()
     try:
+        set_environment(app.variables | request["environ"])
+        os.chdir(request["folder"])
+        sys.argv = request["argv"]
+        forget_what_is_shared()
         app.open(request["connection_file"])
     except Exception as error:
         tell(told, {"error": f"{type(error).__name__}: {error}"})

@@ -359,7 +359,7 @@ class _Template:
         self._process.kill()
         self._process.wait()
         self.let_go()
-        self._folder.remove()
+        self._folder.remove(is_deserted=True)  # its kernels began with its environment, and are not to go
 
     def let_go(self) -> None:
         """Close this process's ends of the sockets."""

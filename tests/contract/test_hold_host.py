@@ -151,7 +151,7 @@ kill(os.getpid())
     assert wait_for_the_end(int(done.stdout), 2)
     (folder,) = own_folder.glob("ke-*")
     sleepers = inhabitants(folder)
-    assert len(sleepers) == 1
+    assert len(sleepers) <= 1  # none, if the template still saw the kernel end
     with LocalREPLEnv() as env:
         env.reset()
         assert not folder.exists()
