@@ -189,7 +189,7 @@ def test_kinds_that_are_not_forked_are_not_pooled() -> None:
 
 
 def test_a_pool_ends_with_its_loop(temporary_folder: Path) -> None:
-    pids = []
+    pids: list[int] = []
 
     async def body(pool: KernelPool) -> None:
         await pool.fill(2)
