@@ -26,10 +26,11 @@ from rich.text import Text
 from kernel_env import example
 from kernel_env.episode import Episode, Turn
 from kernel_env.errors import ConfigError, KernelEnvError
+from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import check_target, read_cells
 from kernel_env.outputs import stderr_text, stdout_text
-from kernel_env.process import LOCAL, check_platform, find_kernelspec, with_provisioner
+from kernel_env.process import check_platform
 
 __all__ = ["app"]
 

@@ -20,7 +20,7 @@ from kernel_env.config import from_env
 from kernel_env.errors import KernelEnvError, KernelStartError
 from kernel_env.install import KernelSetup
 from kernel_env.kernel import Kernel
-from kernel_env.process import is_forked_kind
+from kernel_env.kernelspecs import is_forked_kind
 
 __all__ = ["KernelPool", "start_kernel"]
 

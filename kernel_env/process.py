@@ -8,7 +8,6 @@ import hmac
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -21,33 +20,22 @@ from typing import Any
 
 import zmq
 from jupyter_client.connect import write_connection_file
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.folder import KernelFolder
+from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
 from kernel_env.portal import run_in_thread
 from kernel_env.provisioners import fork
 
-__all__ = [
-    "LOCAL",
-    "KernelProcess",
-    "check_platform",
-    "find_kernelspec",
-    "is_forked_kind",
-    "with_provisioner",
-]
+__all__ = ["KernelProcess", "check_platform"]
 
 log = logging.getLogger("kernel_env.process")
 
 OnMessage = Callable[[str, dict[str, Any]], None]
 
-LOCAL = "local-provisioner"
-"""jupyter_client's own."""
-
-_PYTHON = ("python", f"python{sys.version_info[0]}", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 _PORTS = {f"{name}_port": n for n, name in enumerate(("shell", "iopub", "stdin", "hb", "control"), start=1)}
 _STDERR_TAIL = 8192
 _DRAIN_AT_ONCE = 500
@@ -56,73 +44,10 @@ _UNREAD = 32  # messages that wait in this process, of 1 MiB and more each
 _live: weakref.WeakSet[KernelProcess] = weakref.WeakSet()
 
 
-def is_forked_kind(name: str) -> bool:
-    """Whether kernels of this name are forked.
-
-    Raises:
-        ConfigError: as `find_kernelspec`.
-    """
-    spec, _ = with_provisioner(find_kernelspec(name), ())
-    return bool(spec.metadata["kernel_provisioner"]["provisioner_name"] == fork.NAME)
-
-
 def check_platform() -> None:
     """Raise ConfigError where memfd and pidfd are missing, which carry the context and tell of deaths."""
     if sys.platform != "linux":
         raise ConfigError(f"kernel_env needs Linux, not {sys.platform}; on Windows use WSL2")
-
-
-def find_kernelspec(name: str) -> KernelSpec:
-    """Look up an installed kernelspec.
-
-    Raises:
-        ConfigError: there is none of that name, with the names there are; or it is not for Python, or
-            its kernels are not processes of this machine.
-    """
-    manager = KernelSpecManager()
-    try:
-        spec: KernelSpec = manager.get_kernel_spec(name)
-    except (NoSuchKernel, ValueError) as error:
-        found = manager.find_kernel_specs()
-        if name in found:
-            raise ConfigError(
-                f"kernel_name={name!r} needs a kernel provisioner that is not installed"
-            ) from error
-        installed = ", ".join(sorted(found)) or "none (pip install ipykernel)"
-        raise ConfigError(f"kernel_name={name!r} is not installed; installed: {installed}") from error
-    if spec.language.lower() != "python":
-        raise ConfigError(f"kernel_name={name!r} runs {spec.language}; the helpers need an IPython kernel")
-    return spec
-
-
-def with_provisioner(spec: KernelSpec, preload: Sequence[str]) -> tuple[KernelSpec, str]:
-    """The kernelspec with the provisioner that starts it, and why it is that one.
-
-    Raises:
-        ConfigError: it names one whose kernels are not processes of this machine.
-    """
-    asked = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name")
-    if asked not in (None, LOCAL, fork.NAME):
-        raise ConfigError(f"the kernelspec asks for {asked!r}; kernel_env starts local kernels alone")
-    reason = "its kernelspec asks for it" if asked else _why_not_forked(spec)
-    chosen = asked or (LOCAL if reason else fork.NAME)
-    config = dict(spec.metadata.get("kernel_provisioner", {}).get("config", {}))
-    if chosen == fork.NAME:
-        config["preload"] = [*config.get("preload", []), *preload]
-    spec.metadata = spec.metadata | {"kernel_provisioner": {"provisioner_name": chosen, "config": config}}
-    return spec, reason or "it is ipykernel in this Python"
-
-
-def _why_not_forked(spec: KernelSpec) -> str:
-    parts = fork.forkable_command(list(spec.argv))
-    if not fork.is_available():
-        return f"{sys.platform} cannot fork kernels safely"
-    if parts is None:
-        return "its command is not ipykernel's"
-    python = parts[0][0]
-    if python not in (*_PYTHON, sys.executable):
-        return f"{python} is another Python than this one"
-    return ""
 
 
 class KernelProcess:
@@ -219,7 +144,7 @@ class KernelProcess:
         provisioner = factory.create_provisioner_instance(uuid.uuid4().hex, spec, None)
         # Without jupyter_client's KernelManager: it took 7 ms of each start, and a socket.
         options = await provisioner.pre_launch(env=_environment(folder.path))
-        command = _formatted(options.pop("cmd"), connection_file, spec.resource_dir)
+        command = command_of(options.pop("cmd"), connection_file, spec.resource_dir)
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         try:
@@ -451,14 +376,6 @@ def _allow_files() -> None:
 
 def _ip(folder: KernelFolder) -> str:
     return str(folder.path / "k")
-
-
-def _formatted(command: list[str], connection_file: str, resource_dir: str) -> list[str]:
-    """A kernelspec's command with its placeholders filled in, as jupyter_client does it."""
-    values = {"connection_file": connection_file, "prefix": sys.prefix, "resource_dir": resource_dir}
-    if command[0] in _PYTHON:
-        command = [sys.executable, *command[1:]]
-    return [re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part) for part in command]
 
 
 def _fileno(socket: zmq.Socket[bytes]) -> int:

@@ -133,6 +133,20 @@ def test_what_it_writes_to_its_streams_goes_where_the_client_says(
         KernelManager(kernel_name=forked_kernelspec).start_kernel(stderr=subprocess.PIPE)
 
 
+def test_the_startup_files_of_its_own_home_run(forked_kernelspec: str, tmp_path: Path) -> None:
+    startup = tmp_path / ".ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("from_startup = 5")
+    manager, client = start_new_kernel(
+        kernel_name=forked_kernelspec, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    try:
+        assert printed(client, "print(from_startup)") == "5\n"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_jupyter_console_attaches_to_an_episode(make_env: MakeEnv, tmp_path: Path) -> None:
     env = make_env()
     env.reset()

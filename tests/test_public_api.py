@@ -27,6 +27,7 @@ LAYERS = [
     {"bridge"},
     {"execution", "install"},
     {"provisioners"},
+    {"kernelspecs"},
     {"process"},
     {"kernel", "helpers", "rubrics"},
     {"pool"},

@@ -177,10 +177,8 @@ class ForkedApp(IPKernelApp):
         self.control_thread.start()
 
     def _move_profile(self) -> None:
-        """Let what IPython writes go to the kernel's own folder, which has a profile already."""
-        folder = os.environ.get("IPYTHONDIR", self.ipython_dir)
-        if folder == self.ipython_dir:
-            return
+        """Let IPython's files be those of the kernel's own environment, not of the template's."""
+        folder = os.environ.get("IPYTHONDIR") or os.path.join(os.path.expanduser("~"), ".ipython")
         profile, shell = self.profile_dir, self.kernel.shell
         profile.unobserve_all()  # they make folders that nobody uses: 3 ms
         shell.ipython_dir = folder

@@ -77,20 +77,27 @@ def build(modules: Any, options: dict[str, Any]) -> Any:
     app.stream_class = modules["streams"].CellStream
     app.prepare(options["arguments"])
     del sys.modules["debugpy"]
+    if (threads := extra_threads()) > 0:
+        raise RuntimeError(f"the kernel's arguments start {threads} threads before it can be forked")
     for name in options["preload"]:
         try:
             importlib.import_module(name)
         except Exception as error:
             raise PreloadError(f"preload: {name} cannot be imported: {error!r}") from error
-        if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        if (threads := extra_threads()) > 0:
             raise PreloadError(
-                f"preload: importing {name} starts {threads - 1} threads, and a process with threads cannot "
+                f"preload: importing {name} starts {threads} threads, and a process with threads cannot "
                 "be forked safely; import it in a cell instead"
             )
     for name in single:
         del os.environ[name]
     app.variables = {name: os.environ[name] for name in set(os.environ) - given}  # MPLBACKEND is one
     return app
+
+
+def extra_threads() -> int:
+    """Threads of this process beside the one that forks."""
+    return len(os.listdir("/proc/self/task")) - 1
 
 
 def settle(modules: Any, app: Any) -> Iterator[None]:

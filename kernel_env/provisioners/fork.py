@@ -162,6 +162,11 @@ async def _launch(key: Any, request: dict[str, Any], streams: list[int]) -> Fork
                     "the process that kernels are forked from ended; "
                     f"its stderr ends:\n{template.stderr_tail}"
                 ) from None
+        except ConfigError:  # of its preloads, one of which may be there at the next attempt
+            if _templates.get(key) is template:
+                del _templates[key]
+                await run_in_thread(template.close)
+            raise
     raise AssertionError("unreachable")
 
 
