@@ -139,7 +139,10 @@ class KernelPool:
     async def _fill(self) -> None:
         try:
             await asyncio.sleep(_PAUSE)
-            await self.fill(min(self._most_in_use, self._most_spares))
+            filled = -1
+            while filled < (wanted := min(self._most_in_use, self._most_spares)):  # more are in use meanwhile
+                filled = wanted
+                await self.fill(filled)
         finally:
             self._filling = None
 

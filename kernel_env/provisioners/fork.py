@@ -157,6 +157,7 @@ async def _launch(key: Any, request: dict[str, Any], streams: list[int]) -> Fork
         try:
             return await template.fork(request, streams)
         except _TemplateGone:
+            await run_in_thread(template.end)  # it may still look alive for a moment
             if attempt == 2:
                 raise KernelStartError(
                     "the process that kernels are forked from ended; "
@@ -359,10 +360,14 @@ class _Template:
             else:
                 return
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the process; its kernels go on."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """End the process and remove what is left of it."""
+        self.end()
         self.let_go()
         self._folder.remove(is_deserted=True)  # its kernels began with its environment, and are not to go
 
