@@ -9,80 +9,18 @@ import asyncio
 import contextvars
 import os
 import sys
-import threading
 import uuid
-from collections import deque
 from typing import Any
 
 import pexpect  # type: ignore[import-untyped]  # noqa: F401 - from here on: what IPython, tornado and ipykernel import on first use
 import tornado.platform.asyncio  # noqa: F401
 import zmq
 from ipykernel.control import ControlThread
-from ipykernel.iostream import BackgroundSocket, IOPubThread
-from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
-from traitlets import Type
 from zmq.eventloop.zmqstream import ZMQStream
 
 # What a first cell imports and caches is there before the fork then: 8 ms of every kernel.
 WARM_CELLS = ("warm = 1\nprint(end='')\nwarm", "1 / 0", "await __import__('asyncio').sleep(0)")
-LISTENING_SECONDS = 2  # a cell may have stopped the thread
-
-
-class Publisher(IOPubThread):
-    """ipykernel's IOPub thread, known to the shell before there is a socket, and in another's thread."""
-
-    def __init__(self) -> None:
-        self.background_socket = BackgroundSocket(self)  # type: ignore[no-untyped-call]
-
-    def open(self, socket: Any, session: Any, thread: Any) -> None:
-        """Publish on `socket` in the loop of `thread`: a thread less is 0.3 MB and 1 ms of a start."""
-        self.socket, self.session, self.thread, self.io_loop = socket, session, thread, thread.io_loop
-        self._stopped, self._pipe_flag, self._master_pid = False, False, os.getpid()
-        self._local, self._events = threading.local(), deque()
-        self._event_pipes, self._event_pipe_gc_lock, self._event_pipe_gc_seconds = {}, threading.Lock(), 10
-        self._setup_event_pipe()  # type: ignore[no-untyped-call]
-        self._setup_xpub_listener()  # type: ignore[no-untyped-call]
-        self.io_loop.add_callback(self._run_event_pipe_gc)
-        os.register_at_fork(before=self._listen_to_children)
-
-    def _listen_to_children(self) -> None:
-        """Open the port at which forked children publish, before the first: most kernels fork none."""
-        if self._pipe_flag or not self._is_master_process():  # type: ignore[no-untyped-call]
-            return
-        self._pipe_flag, is_open = True, threading.Event()
-
-        def listen() -> None:
-            self._setup_pipe_in()  # type: ignore[no-untyped-call]
-            is_open.set()
-
-        self.schedule(listen)  # type: ignore[no-untyped-call]
-        is_open.wait(LISTENING_SECONDS)
-
-    def stop(self) -> None:
-        """Close what is not `socket`; the thread is its owner's, who has ended it before."""
-        for event_pipe in self._event_pipes.values():
-            event_pipe.close()
-        for stream in (self._event_puller, getattr(self, "_pipe_in", None)):
-            if stream is not None:
-                stream.socket.close()
-
-
-class NoSubshells:
-    """What ipykernel calls its shell channel thread: false, and yet asked for the thread that runs cells."""
-
-    parent_thread = threading.main_thread()
-
-    def __bool__(self) -> bool:
-        return False
-
-
-class ForkedKernel(IPythonKernel):
-    """A kernel without subshells, which cost a thread and two hops of every message."""
-
-    @property
-    def _supports_kernel_subshells(self) -> bool:
-        return False
 
 
 class ForkedApp(IPKernelApp):
@@ -92,9 +30,11 @@ class ForkedApp(IPKernelApp):
     profile_dir: Any
     outstream_class: Any
 
-    stream_class: Any
-    """Set by the template: this module cannot import the other."""
-    kernel_class: Any = Type(ForkedKernel, klass="ipykernel.kernelbase.Kernel").tag(config=True)
+    parts: Any
+    """The guest's modules, set by the template: this one cannot import the others."""
+
+    def _session_default(self) -> Any:
+        return self.parts["serving"].ForkedSession(parent=self)
 
     def prepare(self, argv: list[str]) -> None:
         """Build the kernel and its shell."""
@@ -104,7 +44,7 @@ class ForkedApp(IPKernelApp):
         self.init_pdb()  # type: ignore[no-untyped-call]
         self.init_blackhole()  # type: ignore[no-untyped-call]
         self.configure_tornado_logger()  # type: ignore[no-untyped-call]
-        self.iopub_thread = Publisher()
+        self.iopub_thread = self.parts["serving"].Publisher()
         self.iopub_socket = self.iopub_thread.background_socket
         streams, self.outstream_class = self.outstream_class, None
         self.init_io()  # type: ignore[no-untyped-call]
@@ -117,12 +57,13 @@ class ForkedApp(IPKernelApp):
         self.init_code()  # type: ignore[no-untyped-call]
 
     def init_kernel(self) -> None:
-        kernel = self.kernel_class.instance(
+        serving = self.parts["serving"]
+        kernel = serving.ForkedKernel.instance(
             parent=self,
             session=self.session,
             iopub_thread=self.iopub_thread,
             iopub_socket=self.iopub_socket,
-            shell_channel_thread=NoSubshells(),
+            shell_channel_thread=serving.NoSubshells(),
             log=self.log,
             profile_dir=self.profile_dir,
             user_ns=self.user_ns,
@@ -167,7 +108,7 @@ class ForkedApp(IPKernelApp):
         self._move_profile()
         self.init_signal()  # type: ignore[no-untyped-call]
         kernel = self.kernel
-        kernel.shell_stream = ZMQStream(self.shell_socket)
+        kernel.shell_stream = self.parts["serving"].ShellStream(self.shell_socket)
         kernel.control_stream = ZMQStream(self.control_socket, self.control_thread.io_loop)
         kernel.control_thread = self.control_thread
         kernel.stdin_socket = self.stdin_socket
@@ -201,6 +142,7 @@ class ForkedApp(IPKernelApp):
     def init_iopub(self, context: Any) -> None:
         socket = context.socket(zmq.XPUB)
         socket.linger = 1000
+        socket.sndhwm = 0  # else zmq drops output, `idle` included, while a client reads slowly
         self._apply_curve_server_options(socket)
         self.iopub_port = self._bind_socket(socket, self.iopub_port)  # type: ignore[no-untyped-call]
         self.iopub_thread.open(socket, self.session, self.control_thread)
@@ -216,7 +158,7 @@ class ForkedApp(IPKernelApp):
 
     def _open_streams(self) -> None:
         for name in ("stdout", "stderr"):
-            setattr(sys, name, self.stream_class(self.session, self.iopub_thread, name))
+            setattr(sys, name, self.parts["streams"].CellStream(self.session, self.iopub_thread, name))
         self.kernel._stdout, self.kernel._stderr = sys.stdout, sys.stderr
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from ipykernel.iostream import OutStream
 PIECE = 2**18  # characters of one message: at most 1 MiB of UTF-8
 RELEASES = 4  # of held text before a display; from then on it waits for the end, or it would be no bound
 READ = 2**16  # what a pipe holds
+QUIET_TURNS = 5  # of the flush interval: then the timer rests until something is written again
 
 
 class Allowance:
@@ -77,6 +78,7 @@ class CellStream(OutStream):
     _allowances: dict[str, Allowance]
     _pending: dict[str, tuple[Any, list[str]]]
     _muted_thread: int | None
+    _has_timer: bool
     _is_interrupted = False
 
     def __init__(self, session: Any, pub_thread: Any, name: str) -> None:
@@ -90,6 +92,9 @@ class CellStream(OutStream):
         self._allowances = {}
         self._pending = {}
         self._muted_thread = None
+        self._has_timer = False
+        self._quiet_turns = 0
+        self._is_sent_by_a_thread = not getattr(self.pub_thread, "sends_at_once", False)
         self._capture()
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -108,28 +113,44 @@ class CellStream(OutStream):
         return len(string)
 
     def _take(self, string: str) -> None:
-        with self._pump_lock:  # a poll object serves one thread at a time
+        with self._buffer_lock:  # a poll object serves one thread at a time
             if self._readable.poll(0):
                 self.pump()  # C code wrote first
-        self._put(self.parent_header, string)
+            self._put(self.parent_header, string)
 
     def writelines(self, sequence: Any) -> None:
         for string in sequence:
             self.write(string)
 
     def _put(self, header: Any, text: str) -> None:
+        """Under the lock."""
         identifier = header.get("msg_id", "")
+        if self._allowance_size is not None:
+            allowance = self._allowances.get(identifier)
+            if allowance is None:
+                allowance = self._allowances[identifier] = Allowance(self._allowance_size)
+            text = allowance.take(text)
+        if not text:
+            return
+        if identifier not in self._pending:
+            self._pending[identifier] = header, []
+        self._pending[identifier][1].append(text)
+        if not self._has_timer:
+            self._has_timer = True
+            self.pub_thread.schedule(self._wait)
+
+    def _wait(self) -> None:
+        self.pub_thread.io_loop.call_later(self.flush_interval, self._flush_in_time)
+
+    def _flush_in_time(self) -> None:
+        """In the publishing loop: again and again while the cells write, for to start a timer wakes a thread."""
         with self._buffer_lock:
-            if self._allowance_size is not None:
-                if identifier not in self._allowances:
-                    self._allowances[identifier] = Allowance(self._allowance_size)
-                text = self._allowances[identifier].take(text)
-            if not text:
-                return
-            if identifier not in self._pending:
-                self._pending[identifier] = header, []
-            self._pending[identifier][1].append(text)
-        self._schedule_flush()  # type: ignore[no-untyped-call]
+            self._quiet_turns = 0 if self._pending else self._quiet_turns + 1
+            if self._pending:
+                self._flush()
+            self._has_timer = self._quiet_turns < QUIET_TURNS
+            if self._has_timer:
+                self._wait()
 
     def flush(self) -> None:
         """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
@@ -140,7 +161,7 @@ class CellStream(OutStream):
             self._flush()
         if self._is_interrupted:
             self._deliver_interrupt()
-        if threading.current_thread() is not self.pub_thread.thread:
+        if self._is_sent_by_a_thread and threading.current_thread() is not self.pub_thread.thread:
             sent = threading.Event()
             self.pub_thread.schedule(sent.set)
             sent.wait(self.flush_timeout)
@@ -236,7 +257,6 @@ class CellStream(OutStream):
         self._readable = select.poll()
         self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pump_lock = self._buffer_lock  # one lock: a print in a signal handler may come under either
         self.pub_thread.schedule(self._watch)
 
     def _watch(self) -> None:
@@ -245,12 +265,11 @@ class CellStream(OutStream):
 
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then in the stream."""
-        with self._pump_lock:
+        with self._buffer_lock:
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
-                try:
-                    data = os.read(self._fid, READ)
-                except BlockingIOError:
+                if not self._readable.poll(0):
                     return
+                data = os.read(self._fid, READ)
                 self._put(self._parent_header_global, self._decoder.decode(data))
 
     def restore_fd(self) -> bool:
@@ -264,7 +283,7 @@ class CellStream(OutStream):
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
-        self._buffer_lock = self._pump_lock = threading.RLock()
+        self._buffer_lock = threading.RLock()
         self._pending = {}
         self.__class__ = ForkedStream
         self._line: list[str] = []

@@ -74,7 +74,7 @@ def build(modules: Any, options: dict[str, Any]) -> Any:
     os.environ.update(single)
     sys.modules["debugpy"] = None  # type: ignore[assignment] # a debugger starts threads, in a process to be forked
     app = modules["app"].ForkedApp.instance()
-    app.stream_class = modules["streams"].CellStream
+    app.parts = modules
     app.prepare(options["arguments"])
     del sys.modules["debugpy"]
     if (threads := extra_threads()) > 0:

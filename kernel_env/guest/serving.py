@@ -1,0 +1,339 @@
+"""How a forked kernel serves its clients: ipykernel's parts, without what they do twice or by another thread.
+
+Runs in the template and in the kernels forked from it, on ipykernel 7 alone. Whatever is replaced here keeps
+its meaning: the messages, their order and their contents are ipykernel's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import hmac
+import itertools
+import os
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from datetime import datetime, timezone
+from typing import Any
+
+import zmq
+from ipykernel.iostream import BackgroundSocket, IOPubThread
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.jsonutil import json_clean
+from IPython.core.async_helpers import _pseudo_sync_runner  # type: ignore[attr-defined]
+from jupyter_client.adapter import adapt
+from jupyter_client.session import DELIM, Session
+from zmq.backend import Socket as BackendSocket
+from zmq.eventloop.zmqstream import ZMQStream
+
+LISTENING_SECONDS = 2  # a cell may have stopped the thread
+PARTS = 5  # of a message behind its delimiter: the signature, and four that are signed
+
+
+def sender(socket: Any) -> Callable[[list[Any]], None]:
+    """`socket.send_multipart`, whole or not at all: no signal handler of a cell's runs between two frames.
+
+    The loop is `map`'s, and Python looks for signals between instructions of its own only.
+    """
+    send = functools.partial(BackendSocket.send, socket)
+
+    def send_multipart(frames: list[Any]) -> None:
+        more = itertools.repeat(int(zmq.SNDMORE), len(frames) - 1)
+        deque(map(send, frames, itertools.chain(more, (0,))), 0)
+
+    return send_multipart
+
+
+class Publisher(IOPubThread):
+    """ipykernel's IOPub thread without a thread: who publishes sends, one after another.
+
+    The hand-over cost each message a wake-up and a fight for the GIL, and the end of a cell four waits.
+    """
+
+    sends_at_once = True
+
+    def __init__(self) -> None:
+        self.background_socket = BackgroundSocket(self)  # type: ignore[no-untyped-call]
+
+    def open(self, socket: Any, session: Any, thread: Any) -> None:
+        """Publish on `socket`; subscriptions, and children's messages, are read in the loop of `thread`."""
+        self.socket, self.session, self.thread, self.io_loop = socket, session, thread, thread.io_loop
+        self._stopped, self._pipe_flag, self._master_pid = False, False, os.getpid()
+        self._sending = threading.RLock()  # a signal handler of the cell's may print while its thread sends
+        self._send = sender(socket)
+        self.io_loop.add_handler(socket.get(zmq.FD), lambda *_: self._take_subscriptions(), self.io_loop.READ)
+        self.io_loop.add_callback(self._take_subscriptions)
+        os.register_at_fork(before=self._listen_to_children, after_in_child=self._after_fork)
+
+    def schedule(self, f: Any) -> None:
+        """Have `f` called in the loop."""
+        self.io_loop.add_callback(f)
+
+    def send_multipart(self, msg: list[Any], *_: Any, **__: Any) -> None:
+        """Send a message now; from a forked child, by way of its parent."""
+        if os.getpid() != self._master_pid:
+            self._really_send(msg)  # type: ignore[no-untyped-call]
+            return
+        with self._sending:
+            if self.socket is None:
+                return
+            self._send(msg)
+            # Sending can swallow the edge that tells of a subscription.
+            if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+                self.schedule(self._take_subscriptions)
+
+    def _take_subscriptions(self) -> None:
+        with self._sending:
+            while self.socket is not None and self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+                self._handle_subscription(self.socket.recv_multipart(zmq.NOBLOCK))  # type: ignore[no-untyped-call]
+
+    def _listen_to_children(self) -> None:
+        """Open the port at which forked children publish, before the first: most kernels fork none."""
+        if self._pipe_flag or not self._is_master_process():  # type: ignore[no-untyped-call]
+            return
+        self._pipe_flag, is_open = True, threading.Event()
+
+        def listen() -> None:
+            self._setup_pipe_in()  # type: ignore[no-untyped-call]
+            is_open.set()
+
+        self.schedule(listen)
+        is_open.wait(LISTENING_SECONDS)
+
+    def _after_fork(self) -> None:
+        self._sending = threading.RLock()  # another thread of the parent may have held it
+
+    def stop(self) -> None:
+        """Close what is not `socket`; the thread is its owner's, who has ended it before."""
+        if hasattr(self, "_pipe_in"):
+            self._pipe_in.socket.close()
+
+
+class ForkedSession(Session):
+    """jupyter_client's Session, which makes dates of text and text of dates, and packs each parent again."""
+
+    _packed: tuple[Any, bytes] = ({}, b"{}")
+
+    def msg_header(self, msg_type: str) -> dict[str, Any]:
+        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+        return {
+            "msg_id": self.msg_id,
+            "msg_type": msg_type,
+            "username": self.username,
+            "session": self.session,
+            "date": now,
+            "version": "5.4",
+        }
+
+    def serialize(self, msg: dict[str, Any], ident: Any = None) -> list[bytes]:
+        parent, packed = self._packed
+        if msg["parent_header"] is not parent:
+            parent = msg["parent_header"]
+            packed = self.pack(parent)
+            self._packed = parent, packed
+        metadata, content = msg["metadata"], msg.get("content")
+        parts = [
+            self.pack(msg["header"]),
+            packed,
+            self.pack(metadata) if metadata else self.none,
+            content if isinstance(content, bytes) else self.pack(content or {}),
+        ]
+        route = ident if isinstance(ident, list) else [ident] if ident is not None else []
+        return [*route, DELIM, self.sign(parts), *parts]
+
+    def feed_identities(self, msg_list: Any, copy: bool = True) -> tuple[list[bytes], list[Any]]:
+        frames = [_bytes(frame) for frame in msg_list]
+        return super().feed_identities(frames)
+
+    def deserialize(self, msg_list: Any, content: bool = True, copy: bool = True) -> dict[str, Any]:
+        signature, *parts = map(_bytes, msg_list[:PARTS])
+        if len(parts) < PARTS - 1:
+            raise TypeError(f"a message of {len(parts)} parts")
+        if self.auth is not None:
+            if signature in self.digest_history:
+                raise ValueError("a signature for the second time")
+            if not hmac.compare_digest(signature, self.sign(parts)):
+                raise ValueError("the signature is wrong")
+            if content:
+                self._add_digest(signature)
+        header, parent, metadata = map(self.unpack, parts[:3])
+        message = {
+            "header": header,
+            "msg_id": header["msg_id"],
+            "msg_type": header["msg_type"],
+            "parent_header": parent,
+            "metadata": metadata,
+            "content": self.unpack(parts[3]) if content else parts[3],
+            "buffers": [memoryview(_bytes(frame)) for frame in msg_list[PARTS:]],
+        }
+        return adapt(message)
+
+
+def _bytes(frame: Any) -> bytes:
+    return frame if isinstance(frame, bytes) else bytes(frame.bytes)
+
+
+class ShellStream(ZMQStream):
+    """The shell channel, whose replies go out at once: not by a queue, a poll and the loop."""
+
+    def __init__(self, socket: Any) -> None:
+        super().__init__(socket)
+        self._send = sender(socket)
+
+    def send_multipart(self, msg: list[Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
+        self._send(msg)
+        # Sending can swallow the edge that tells of the next request.
+        if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            self.io_loop.add_callback(self._handle_events, self.socket, 0)
+
+    def flush(self, flag: int = zmq.POLLIN | zmq.POLLOUT, limit: int | None = None) -> int:
+        return super().flush(flag, limit) if flag & zmq.POLLIN else 0  # type: ignore[no-any-return]
+
+
+class NoSubshells:
+    """What ipykernel calls its shell channel thread: false, and yet asked for the thread that runs cells."""
+
+    parent_thread = threading.main_thread()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class ForkedKernel(IPythonKernel):
+    """ipykernel's kernel without subshells, which cost a thread and two hops of every message."""
+
+    _is_serving = False
+
+    @property
+    def _supports_kernel_subshells(self) -> bool:
+        return False
+
+    def start(self) -> None:
+        super().start()  # type: ignore[no-untyped-call]
+        self._context = contextvars.copy_context()
+        self.shell_stream.on_recv(self._serve)
+
+    def _serve(self, message: list[bytes]) -> None:
+        """Serve a request, up to where it waits for something; only the rest becomes a task."""
+        loop = asyncio.get_running_loop()
+        work = self.shell_main(None, message)  # type: ignore[no-untyped-call]
+        if self._is_serving:  # an error of a cell aborts what has come in
+            loop.create_task(work, context=self._context)
+            return
+        self._is_serving = True
+        try:
+            waits_for = self._context.run(work.send, None)
+        except StopIteration:
+            return
+        except BaseException:
+            self.log.exception("a request could not be served")
+            return
+        finally:
+            self._is_serving = False
+        loop.create_task(_rest(work, waits_for), context=self._context)
+
+    async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
+        """As ipykernel's, which also pauses, for clients that stop reading at the reply."""
+        try:
+            content, metadata = parent["content"], self.init_metadata(parent)  # type: ignore[no-untyped-call]
+            code, silent = content["code"], content.get("silent", False)
+            cell_id = parent["metadata"].get("cellId")
+        except (AttributeError, KeyError, TypeError):
+            self.log.exception("an execute request without code: %s", parent)
+            return
+        if not silent:
+            self._publish_execute_input(code, parent, self.execution_count)  # type: ignore[no-untyped-call]
+        reply = await self.do_execute(
+            code,
+            silent,
+            content.get("store_history", not silent),
+            content.get("user_expressions", {}),
+            content.get("allow_stdin", False),
+            cell_id=cell_id,
+        )
+        for stream_of_cell in (sys.stdout, sys.stderr):
+            if stream_of_cell is not None:
+                stream_of_cell.flush()
+        reply = json_clean(reply)
+        metadata = self.finish_metadata(parent, metadata, reply)  # type: ignore[no-untyped-call]
+        self.session.send(stream, "execute_reply", reply, parent, ident, metadata=metadata)
+        if not silent and reply["status"] == "error" and content.get("stop_on_error", True):
+            self._abort_queues(None)  # type: ignore[no-untyped-call]
+
+    async def do_execute(  # type: ignore[override]
+        self,
+        code: str,
+        silent: bool,
+        store_history: bool = True,
+        user_expressions: Any = None,
+        allow_stdin: bool = False,
+        *,
+        cell_meta: Any = None,
+        cell_id: Any = None,
+    ) -> Any:
+        """As ipykernel's, which transforms a cell twice, compiles it three times and looks at signatures."""
+        shell: Any = self.shell
+        fault = None
+        try:
+            transformed = shell.transform_cell(code)
+        except Exception:  # noqa: BLE001 - of the input transformers; IPython shows it
+            transformed, fault = code, sys.exc_info()
+        options = {"silent": silent, "store_history": store_history, "cell_id": cell_id}
+        if "await" in transformed or "async" in transformed:
+            return await super().do_execute(  # type: ignore[no-untyped-call]
+                code, user_expressions=user_expressions, allow_stdin=allow_stdin, **options
+            )
+        self._forward_input(allow_stdin)  # type: ignore[no-untyped-call]
+        result = None
+        try:
+            cell = shell.run_cell_async(
+                code, transformed_cell=transformed, preprocessing_exc_tuple=fault, **options
+            )
+            result = _pseudo_sync_runner(cell)
+            error = result.error_in_exec if result.error_before_exec is None else result.error_before_exec
+        except BaseException as caught:  # noqa: BLE001 - an interrupt outside of the cell's own code
+            error = caught
+            shell.showtraceback(running_compiled_code=True)
+        finally:
+            shell.events.trigger("post_execute")
+            if not silent:
+                shell.events.trigger("post_run_cell", result)
+            self._restore_input()  # type: ignore[no-untyped-call]
+        return self._reply(error, user_expressions or {})
+
+    def _reply(self, error: BaseException | None, user_expressions: dict[str, str]) -> dict[str, Any]:
+        shell: Any = self.shell
+        reply: dict[str, Any] = {"status": "ok", "execution_count": shell.execution_count - 1}
+        if error is None and not getattr(shell, "_last_traceback_during_displayhook", False):
+            reply["user_expressions"] = shell.user_expressions(user_expressions) if user_expressions else {}
+        else:
+            reply |= {
+                "status": "error",
+                "traceback": shell._last_traceback or [],
+                "ename": type(error).__name__,
+                "evalue": str(error),
+                "user_expressions": {},
+            }
+        reply["payload"] = shell.payload_manager.read_payload()
+        shell.payload_manager.clear_payload()
+        return reply
+
+
+@types.coroutine
+def _rest(work: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """What is left of a coroutine that was begun outside a task and waits for a future."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:  # noqa: BLE001 - a cancellation is the coroutine's
+            step = functools.partial(work.throw, error)
+        else:
+            step = functools.partial(work.send, sent)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return
