@@ -33,7 +33,8 @@ PAYLOAD = "kernel_env"
 class Report(BaseModel):
     """What the guest says of the namespace after a cell."""
 
-    names: list[Annotated[str, Field(max_length=1_000)]] = Field(max_length=10_000)
+    names: list[Annotated[str, Field(max_length=1_000)]] | None = Field(max_length=10_000)
+    """None if they are those of the last report."""
     changed: dict[str, Annotated[str, Field(max_length=1_000)]] = Field(max_length=1_000)
     restored: list[str] = Field(max_length=1_000)
     notes: list[str] = Field(max_length=100)

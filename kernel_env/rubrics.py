@@ -135,6 +135,17 @@ class REPLRubric(Rubric):
         return self.outcome(action, observation)
 
 
+def _is_instant(rubric: Any, observation: REPLObservation) -> bool:
+    """Whether this is a rubric of ours that has nothing to compare: a thread would cost more than it."""
+    kind = type(rubric)
+    if kind is REPLRubric:
+        part = rubric.outcome if observation.done else rubric.process
+        return (observation.done and observation.final_answer is None) or _is_instant(part, observation)
+    if kind in (ExactMatchRubric, FuzzyMatchRubric, CustomMetricRubric):
+        return observation.final_answer is None
+    return kind is CodeExecutionRubric
+
+
 def _call_if_there(rubric: Any, method: str, *args: Any) -> None:
     function = getattr(rubric, method, None)
     if function is not None:
@@ -173,7 +184,10 @@ class Scorer:
             RubricError: the rubric raised, or gave something that is not a finite number.
         """
         with boundary(RubricError, f"rubric {self._name} raised"):
-            reward = await self._call(action, observation)
+            if _is_instant(self._rubric, observation):
+                reward = self._rubric(action, observation)
+            else:
+                reward = await self._call(action, observation)
         if not isinstance(reward, Real) or not math.isfinite(reward):
             raise RubricError(f"rubric {self._name} returned {reward!r}; a reward is a finite number")
         return float(reward)

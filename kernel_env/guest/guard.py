@@ -19,10 +19,13 @@ import threading
 import time
 from asyncio import events
 from collections.abc import Iterator
-from signal import getitimer as get_timer
-from signal import setitimer as set_timer
-from signal import signal as set_signal
 from typing import Any
+
+# Past the module `signal`, which makes enumerations of all that goes in and comes out.
+from _signal import getitimer as get_timer
+from _signal import pthread_sigmask
+from _signal import setitimer as set_timer
+from _signal import signal as set_signal
 
 import zmq
 
@@ -58,7 +61,10 @@ class Guard:
         self._functions = []
         for module in MODULES:
             found = {n: f for n, f in vars(module).items() if callable(f) and n not in passing}
-            self._functions.append((module.__name__, vars(module), tuple(found), tuple(found.values())))
+            names, values = tuple(found), tuple(found.values())
+            self._functions.append(
+                (module.__name__, vars(module), names, values, operator.itemgetter(*names))
+            )
         self._socket_methods = {name: vars(zmq.Socket).get(name) for name in SOCKET_METHODS}
         # IPython 9 keeps a copy of all that is written, for a magic that exports it; it grows without bound
         # and is half the cost of a print. The copying that is under way for this request is undone later.
@@ -67,7 +73,7 @@ class Guard:
     def before_cell(self) -> None:
         """Let interrupts through, when the cell's code runs."""
         set_signal(signal.SIGINT, self._on_sigint)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         for stream in self.streams:
             vars(stream).pop("write", None)
 
@@ -104,9 +110,10 @@ class Guard:
     def restore_functions(self, *, even_callable: bool) -> list[str]:
         """Put back builtins and functions of the standard library that a cell has made unusable."""
         broken = []
-        for module, present, names, values in self._functions:
-            if all(map(operator.is_, map(present.get, names), values)):
-                continue
+        for module, present, names, values, present_values in self._functions:
+            with contextlib.suppress(KeyError):
+                if all(map(operator.is_, present_values(present), values)):
+                    continue
             for name, value in zip(names, values):  # noqa: B905 - Python 3.9
                 now = present.get(name)
                 # One that can still be called may have been replaced on purpose.

@@ -27,6 +27,7 @@ SHOWN_ITEMS = (120, 12, 4)  # of a container, of one in it, of one in that
 PLAIN = (int, float, bool, complex, str, bytes, type(None), types.ModuleType, types.FunctionType)
 REPR_SECONDS = 1.0
 NAME_CHARS = 1000
+INPUT_NAMES = 100  # `_i7` and its like; IPython keeps all of them, and each report looks at every name
 
 _guest: Guest | None = None
 _is_seeded = False
@@ -53,6 +54,7 @@ class Guest:
         self.lifeline: Any = None
         self.helpers.update({function.__name__: function for function in self._functions()})
         self._known: dict[str, tuple[int, int, Any]] = {}
+        self._told: list[str] = []
         self._system = {
             name: value
             for name, value in shell.user_ns.items()
@@ -83,8 +85,8 @@ class Guest:
             name: value
             for name, value in list(self.shell.user_ns.items())
             if type(name) is str  # a subclass of the cell's may do anything
-            and name.isidentifier()
             and not name.startswith("_")
+            and name.isidentifier()
             and name not in self.helpers
             and name not in ("context", "answer")
             and not (name in hidden and hidden[name] is value)
@@ -172,11 +174,17 @@ class Guest:
             kept = ("execution_count", "payload", "user_expressions")
             reply = {"status": "ok", **{key: reply[key] for key in kept if key in reply}}
         if self.is_own(parent) and not parent["content"].get("silent"):
+            self._forget_old_inputs()
             broken += self._restore(notes)
             self._submit_ready_answer(notes)
             reply.setdefault("payload", []).append(self._report(self._changes(), broken, notes))
         self.guard.end_cell()
         return reply
+
+    def _forget_old_inputs(self) -> None:
+        name = f"_i{self.shell.execution_count - 1 - INPUT_NAMES}"
+        for names in (self.shell.user_ns, self.shell.user_ns_hidden):
+            names.pop(name, None)
 
     def _leave(self, reply: dict[str, Any]) -> None:
         # A forked child that came to the cell's end: it shares the parent's sockets and must not serve them.
@@ -190,9 +198,10 @@ class Guest:
         given = {*self.helpers, "context", "answer"}
         known = (name for name in sorted(self._known) if len(name) <= NAME_CHARS)
         names = sorted([*given, *itertools.islice(known, REPORTED_NAMES - len(given))])
+        is_news, self._told = names != self._told, names
         return {
             "source": "kernel_env",
-            "names": names,
+            "names": names if is_news else None,
             "changed": changed,
             "restored": sorted(restored),
             "notes": notes,

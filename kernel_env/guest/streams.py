@@ -21,15 +21,20 @@ from ipykernel.iostream import OutStream
 PIECE = 2**18  # characters of one message: at most 1 MiB of UTF-8
 RELEASES = 4  # of held text before a display; from then on it waits for the end, or it would be no bound
 READ = 2**16  # what a pipe holds
+ROOM = 2**18  # bytes that writes may take before they are sorted
+ENTRY = 100  # of them for each beside its text
 QUIET_TURNS = 5  # of the flush interval: then the timer rests until something is written again
 
 
 class Allowance:
-    """What one cell has written to one stream: the first characters went out, the latest are held back."""
+    """What one cell has written to one stream: the first characters go out, the latest are held back."""
 
-    def __init__(self, size: int) -> None:
-        self.head_left = size
-        self.tail_room = size - size // 8  # the host has room for as much and the cell's displays beside it
+    def __init__(self, header: Any, size: int | None) -> None:
+        self.header = header
+        self.pending: list[str] = []
+        self.head_left = sys.maxsize if size is None else size
+        # The host has room for as much and the cell's displays beside it.
+        self.tail_room = 0 if size is None else size - size // 8
         self.tail: deque[str] = deque()
         self.tail_size = 0
         self.dropped = 0
@@ -76,7 +81,8 @@ class CellStream(OutStream):
     _fid: int
     _allowance_size: int | None
     _allowances: dict[str, Allowance]
-    _pending: dict[str, tuple[Any, list[str]]]
+    _pending: dict[str, Allowance]
+    """Those of `_allowances` with text that is not published yet."""
     _muted_thread: int | None
     _has_timer: bool
     _is_interrupted = False
@@ -91,6 +97,8 @@ class CellStream(OutStream):
         self._allowance_size = allowance
         self._allowances = {}
         self._pending = {}
+        self._written: deque[tuple[Any, str]] = deque()
+        self._room = ROOM
         self._muted_thread = None
         self._has_timer = False
         self._quiet_turns = 0
@@ -106,17 +114,34 @@ class CellStream(OutStream):
         """Take text of the cell that this thread or task belongs to."""
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string).__name__}")
-        if self._muted_thread != threading.get_ident():
-            self._take(string)
-            if self._is_interrupted:
-                self._deliver_interrupt()
-        return len(string)
-
-    def _take(self, string: str) -> None:
-        with self._buffer_lock:  # a poll object serves one thread at a time
+        if self._muted_thread is not None and self._muted_thread == threading.get_ident():
+            return len(string)
+        # Most prints do no more than this, without a lock: it is half of what they cost.
+        try:
             if self._readable.poll(0):
                 self.pump()  # C code wrote first
-            self._put(self.parent_header, string)
+        except RuntimeError:  # another thread looks
+            self.pump()
+        self._written.append((self._parent_header.get(None) or self._parent_header_global, string))
+        self._room -= len(string) + ENTRY
+        if self._room < 0 or not self._has_timer:
+            self._sort()
+        if self._is_interrupted:
+            self._deliver_interrupt()
+        return len(string)
+
+    def _sort(self) -> None:
+        """Give what was written to the cells that wrote it."""
+        with self._buffer_lock:
+            self._room = ROOM
+            of, texts = None, []
+            while self._written:
+                header, string = self._written.popleft()
+                if header is not of:
+                    self._put(of, "".join(texts))
+                    of, texts = header, []
+                texts.append(string)
+            self._put(of, "".join(texts))
 
     def writelines(self, sequence: Any) -> None:
         for string in sequence:
@@ -124,17 +149,19 @@ class CellStream(OutStream):
 
     def _put(self, header: Any, text: str) -> None:
         """Under the lock."""
-        identifier = header.get("msg_id", "")
-        if self._allowance_size is not None:
-            allowance = self._allowances.get(identifier)
-            if allowance is None:
-                allowance = self._allowances[identifier] = Allowance(self._allowance_size)
-            text = allowance.take(text)
         if not text:
             return
-        if identifier not in self._pending:
-            self._pending[identifier] = header, []
-        self._pending[identifier][1].append(text)
+        identifier = header.get("msg_id", "")
+        allowance = self._allowances.get(identifier) or self._pending.get(identifier)
+        if allowance is None:
+            allowance = Allowance(header, self._allowance_size)
+            if self._allowance_size is not None:
+                self._allowances[identifier] = allowance
+        text = allowance.take(text)
+        if not text:
+            return
+        allowance.pending.append(text)
+        self._pending[identifier] = allowance
         if not self._has_timer:
             self._has_timer = True
             self.pub_thread.schedule(self._wait)
@@ -145,12 +172,15 @@ class CellStream(OutStream):
     def _flush_in_time(self) -> None:
         """In the publishing loop: again and again while the cells write, for to start a timer wakes a thread."""
         with self._buffer_lock:
+            self._sort()
             self._quiet_turns = 0 if self._pending else self._quiet_turns + 1
             if self._pending:
                 self._flush()
             self._has_timer = self._quiet_turns < QUIET_TURNS
             if self._has_timer:
                 self._wait()
+            elif self._written:  # by a thread that has just seen the timer
+                self._sort()
 
     def flush(self) -> None:
         """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
@@ -173,10 +203,11 @@ class CellStream(OutStream):
 
     def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
         pending, self._pending = self._pending, {}
-        for header, parts in pending.values():
-            text = "".join(parts)
+        for allowance in pending.values():
+            text = "".join(allowance.pending)
+            allowance.pending.clear()
             for at in range(0, len(text), PIECE):
-                yield header, text[at : at + PIECE]
+                yield allowance.header, text[at : at + PIECE]
 
     def end_cell(self) -> None:
         """Publish all that the cells wrote so far, what was held back included."""
@@ -214,7 +245,7 @@ class CellStream(OutStream):
 
     def postpones_interrupt(self, frame: Any) -> bool:
         """Whether an interrupt found its thread at work in here, where it would cost text; it comes again."""
-        while frame is not None:
+        while frame is not None and frame.f_code is not _DELIVERY:
             if frame.f_code in _AT_WORK:
                 self._is_interrupted = True
                 return True
@@ -264,12 +295,14 @@ class CellStream(OutStream):
         loop.add_handler(self._fid, lambda *_: self.pump(), loop.READ)
 
     def pump(self) -> None:
-        """Take what stands in the pipe; all that was written before this call is then in the stream."""
+        """Take what stands in the pipe; all that was written before this call is then with its cell."""
         with self._buffer_lock:
+            self._sort()
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
-                if not self._readable.poll(0):
+                try:
+                    data = os.read(self._fid, READ)
+                except BlockingIOError:
                     return
-                data = os.read(self._fid, READ)
                 self._put(self._parent_header_global, self._decoder.decode(data))
 
     def restore_fd(self) -> bool:
@@ -285,6 +318,7 @@ class CellStream(OutStream):
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
         self._buffer_lock = threading.RLock()
         self._pending = {}
+        self._written.clear()
         self.__class__ = ForkedStream
         self._line: list[str] = []
 
@@ -329,8 +363,9 @@ class ForkedStream(CellStream):
 
 
 _AT_WORK = frozenset(
-    getattr(CellStream, name).__code__ for name in ("_take", "_put", "_flush", "_release", "pump")
+    getattr(CellStream, name).__code__ for name in ("write", "_sort", "_put", "_flush", "_release", "pump")
 )
+_DELIVERY = CellStream._deliver_interrupt.__code__
 
 
 def adopt(stream: Any, allowance: int) -> Any:
