@@ -26,7 +26,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kernel_env.calls import Cell, Helper, HelperFailure
 from kernel_env.config import Limits
@@ -246,13 +246,12 @@ class _Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # not one by inheritance in every loop: uvloop
         if len(self._bridge.connections) >= self._bridge.most_connections:
             self._bridge.refused += 1
             most = self._bridge.most_connections
             self.reply(_encode({"error": f"refused: more than {most} threads hold a connection"}), None)
-            transport.close()
+            self._transport.close()
             return
         self._bridge.connections.add(self)
 

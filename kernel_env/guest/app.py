@@ -77,12 +77,7 @@ class ForkedApp(IPKernelApp):
         shell, names = kernel.shell, set(kernel.shell.user_ns)
         content = {"code": cell, "silent": False, "store_history": False, "stop_on_error": False}
         request = session.msg("execute_request", {**content, "allow_stdin": False, "user_expressions": {}})
-        # There is no socket yet.
-        session.send = lambda stream, kind, content=None, *_, **__: {"content": content}
-        try:
-            asyncio.run(kernel.shell_main(None, [zmq.Frame(part) for part in session.serialize(request)]))
-        finally:
-            del session.send
+        asyncio.run(kernel.shell_main(None, session.serialize(request)))
         session.digest_history.clear()
         kernel._shell_context = contextvars.copy_context()
         for name in set(shell.user_ns) - names:
