@@ -15,13 +15,14 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import zmq
 from jupyter_client.connect import write_connection_file
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
-from jupyter_client.session import DELIM, Session
+from jupyter_client.session import DELIM, Session, protocol_version
 
 from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
@@ -79,6 +80,7 @@ class KernelProcess:
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
+        self._sent = 0
         self.received = 0
         """Messages that came in, broken ones included."""
         self.broken = 0
@@ -188,12 +190,29 @@ class KernelProcess:
         self, kind: str, content: dict[str, Any], metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Make a request, whose id is then known before it is sent."""
-        message: dict[str, Any] = self.session.msg(kind, content=content, metadata=metadata)
-        return message
+        identifier = f"{self.session.session}_{self._owner}_{self._sent}"
+        self._sent += 1
+        header = {
+            "msg_id": identifier,
+            "msg_type": kind,
+            "username": self.session.username,
+            "session": self.session.session,
+            "date": datetime.now(UTC).isoformat(),
+            "version": protocol_version,
+        }
+        return {"header": header, "metadata": metadata or {}, "content": content}
 
     def send(self, message: dict[str, Any]) -> None:
-        self.session.send(self._sockets["shell"], message)
+        self._send("shell", message)
         self.drain()  # sending can swallow the edge that tells of messages which are already in
+
+    def _send(self, channel: str, message: dict[str, Any]) -> None:
+        empty: dict[str, Any] = {}  # the parent of a request
+        parts = [
+            json.dumps(part, allow_nan=False).encode()
+            for part in (message["header"], empty, message["metadata"], message["content"])
+        ]
+        self._sockets[channel].send_multipart([DELIM, self.session.sign(parts), *parts])
 
     def drain(self) -> None:
         """Take the messages that are there."""
@@ -275,8 +294,9 @@ class KernelProcess:
         if self._provisioner.kernel_spec.interrupt_mode == "signal":
             await self._provisioner.send_signal(signal.SIGINT)
             return
-        control = self._sockets.setdefault("control", self._connect("control", zmq.DEALER))
-        self.session.send(control, self.message("interrupt_request", {}))
+        if "control" not in self._sockets:
+            self._sockets["control"] = self._connect("control", zmq.DEALER)
+        self._send("control", self.message("interrupt_request", {}))
 
     async def settle(self, seconds: float = 0.05) -> None:
         """Read what a dead process has left in its sockets, until nothing came for `seconds`."""
