@@ -30,7 +30,12 @@ from _signal import signal as set_signal
 import zmq
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-MODULES = (builtins, threading, json, time, signal, os)  # what ipykernel calls on the way to a reply
+# What ipykernel calls on the way to a reply; of the 200 functions of `os`, those it can come to.
+MODULES = (builtins, threading, json, time, signal, os)
+OF_OS = (
+    *("_exit", "close", "dup2", "fsdecode", "fsencode", "fspath", "fstat", "getcwd", "getpid", "kill"),
+    *("lstat", "memfd_create", "open", "pipe", "read", "scandir", "stat", "urandom", "write"),
+)
 PROBE_SECONDS = 1.0
 OURS = frozenset({"input"})  # ipykernel's own while a cell runs
 SOCKET_METHODS = ("send", "recv", "send_multipart", "recv_multipart")
@@ -60,8 +65,10 @@ class Guard:
         passing = shell.builtin_trap.auto_builtins  # there while a cell runs
         self._functions = []
         for module in MODULES:
-            found = {n: f for n, f in vars(module).items() if callable(f) and n not in passing}
-            names, values = tuple(found), tuple(found.values())
+            wanted = OF_OS if module is os else vars(module)
+            found = {n: getattr(module, n) for n in wanted if callable(getattr(module, n, None))}
+            names = tuple(name for name in found if name not in passing)
+            values = tuple(found[name] for name in names)
             self._functions.append(
                 (module.__name__, vars(module), names, values, operator.itemgetter(*names))
             )

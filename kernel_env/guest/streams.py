@@ -117,11 +117,8 @@ class CellStream(OutStream):
         if self._muted_thread is not None and self._muted_thread == threading.get_ident():
             return len(string)
         # Most prints do no more than this, without a lock: it is half of what they cost.
-        try:
-            if self._readable.poll(0):
-                self.pump()  # C code wrote first
-        except RuntimeError:  # another thread looks
-            self.pump()
+        if self._has_more():
+            self.pump()  # C code wrote first
         self._written.append((self._parent_header.get(None) or self._parent_header_global, string))
         self._room -= len(string) + ENTRY
         if self._room < 0 or not self._has_timer:
@@ -132,6 +129,8 @@ class CellStream(OutStream):
 
     def _sort(self) -> None:
         """Give what was written to the cells that wrote it."""
+        if not self._written:
+            return
         with self._buffer_lock:
             self._room = ROOM
             of, texts = None, []
@@ -294,11 +293,19 @@ class CellStream(OutStream):
         loop = self.pub_thread.io_loop
         loop.add_handler(self._fid, lambda *_: self.pump(), loop.READ)
 
+    def _has_more(self) -> bool:
+        try:
+            return bool(self._readable.poll(0))
+        except RuntimeError:  # another thread looks: then only a read can tell
+            return True
+
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then with its cell."""
         with self._buffer_lock:
             self._sort()
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
+                if not self._has_more():  # cheaper than an error
+                    return
                 try:
                     data = os.read(self._fid, READ)
                 except BlockingIOError:
