@@ -107,9 +107,7 @@ class Bench:
             half = p(stock, 0.5)
             for name, times, aim in (("env.step", steps, 0.25), ("kernel.execute", bare, 0.2)):
                 mid, late = p(times, 0.5), p(times, 0.99)
-                self.row(
-                    f"{name} `{code}`", f"{mid:.2f} ({late:.2f}) ms", f"{half:.2f} ms", mid / half, aim
-                )
+                self.row(f"{name} `{code}`", f"{mid:.2f} ({late:.2f}) ms", f"{half:.2f} ms", mid / half, aim)
                 self.row("… p99 by p50", f"{late:.2f} ms", f"{p(stock, 0.99):.2f} ms", late / mid, 2.5)
             saved = p(steps, 0.5) - p(awaited, 0.5)
             self.row(f"async step `{code}`", f"{p(awaited, 0.5):.2f} ms", "", -saved, -0.2, " ms")
