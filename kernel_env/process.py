@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from jupyter_client._version import protocol_version
 from jupyter_client.connect import write_connection_file
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
-from jupyter_client.session import DELIM, Session, protocol_version
+from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from kernel_env import Limits, REPLAction, REPLEnvironment, REPLObservation, ResetRequired, UsageError
 
@@ -34,6 +35,21 @@ def test_async_functions_run_on_the_loop_of_reset_async() -> None:
         assert loops == [asyncio.get_running_loop()]
 
     asyncio.run(body())
+
+
+def test_an_episode_runs_on_another_kind_of_loop() -> None:
+    # Servers bring uvloop, whose transports are none of asyncio's classes.
+    async def body() -> None:
+        env = REPLEnvironment(llm_query_fn=str.upper)
+        await env.reset_async(context="ctx" * 1000)
+        observation = await env.step_async(REPLAction(code="print(llm_query('x'), len(context))"))
+        assert observation.result.stdout == "X 3000\n"
+        observation = await env.step_async(REPLAction(code="while True: pass"), timeout_s=0.2)
+        assert observation.status == "timeout"
+        await env.close_async()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(body())
 
 
 def test_sync_and_async_calls_do_not_mix() -> None:

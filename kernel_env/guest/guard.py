@@ -17,15 +17,13 @@ import signal
 import sys
 import threading
 import time
+from _signal import getitimer as get_timer  # type: ignore[import-not-found]
+from _signal import pthread_sigmask  # past `signal`, which makes enumerations of what goes in and comes out
+from _signal import setitimer as set_timer
+from _signal import signal as set_signal
 from asyncio import events
 from collections.abc import Iterator
 from typing import Any
-
-# Past the module `signal`, which makes enumerations of all that goes in and comes out.
-from _signal import getitimer as get_timer
-from _signal import pthread_sigmask
-from _signal import setitimer as set_timer
-from _signal import signal as set_signal
 
 import zmq
 
@@ -59,6 +57,10 @@ class Guard:
         self.streams = streams
         self._shell_parts = {name: getattr(shell, name) for name in SHELL}
         self._transformers = list(shell.input_transformers_post)
+        # The way that the kernel runs its cells: not every kernel needs `run_cell`.
+        self._probe = getattr(
+            shell.kernel, "run_plain_cell", lambda code: shell.run_cell(code, store_history=False)
+        )
         self._modules = dict(sys.modules)
         self._environ = os.environ
         self._recursion_limit = sys.getrecursionlimit()
@@ -165,7 +167,7 @@ class Guard:
         """Whether IPython still runs cells: try one that does nothing."""
         try:
             with self.within(PROBE_SECONDS):
-                return bool(self._shell.run_cell("pass", store_history=False).success)
+                return bool(self._probe("pass").success)
         except BaseException:  # noqa: BLE001 - whatever the cell has put in IPython's way
             return False
 

@@ -12,6 +12,7 @@ import itertools
 import re
 import sys
 import types
+import warnings
 from os import _exit, getpid
 from threading import current_thread, main_thread
 from time import monotonic
@@ -347,6 +348,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     if _guest is None:
         # 0.5 ms of every cell, there for clients that stop reading at the reply; ours waits for idle.
         kernel._execute_sleep = 0
+        # IPython tells of it on the cell's stderr, with the folder it is installed in.
+        warnings.filterwarnings("ignore", "Output cache limit", UserWarning)
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
         kernel.log.setLevel("WARNING")
         the_guard = guard.Guard(shell, (sys.stdout, sys.stderr))

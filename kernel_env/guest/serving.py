@@ -19,7 +19,6 @@ import types
 import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from datetime import datetime, timezone
 from typing import Any
 
 import zmq
@@ -27,9 +26,10 @@ from ipykernel.compiler import get_tmp_directory
 from ipykernel.iostream import BackgroundSocket, IOPubThread
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.jsonutil import json_clean
-from IPython.core.async_helpers import _pseudo_sync_runner  # type: ignore[attr-defined]
+from IPython.core.async_helpers import _pseudo_sync_runner
+from jupyter_client._version import protocol_version
 from jupyter_client.adapter import adapt
-from jupyter_client.session import DELIM, Session, protocol_version
+from jupyter_client.session import DELIM, Session, utcnow
 from zmq.backend import Socket as BackendSocket
 from zmq.eventloop.zmqstream import ZMQStream
 
@@ -125,13 +125,12 @@ class ForkedSession(Session):
     _packed: tuple[Any, bytes] = ({}, b"{}")
 
     def msg_header(self, msg_type: str) -> dict[str, Any]:
-        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
         return {
             "msg_id": self.msg_id,
             "msg_type": msg_type,
             "username": self.username,
             "session": self.session,
-            "date": now,
+            "date": utcnow().isoformat().replace("+00:00", "Z"),
             "version": protocol_version,
         }
 
@@ -217,11 +216,11 @@ class ShellStream(ZMQStream):
     def send_multipart(self, msg: list[Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
         self._send(msg)
         # Sending can swallow the edge that tells of the next request.
-        if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        if int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self.io_loop.add_callback(self._handle_events, self.socket, 0)
 
     def flush(self, flag: int = zmq.POLLIN | zmq.POLLOUT, limit: int | None = None) -> int:
-        return super().flush(flag, limit) if flag & zmq.POLLIN else 0  # type: ignore[no-any-return]
+        return super().flush(flag, limit) if flag & zmq.POLLIN else 0
 
 
 class NoSubshells:
@@ -236,23 +235,27 @@ class NoSubshells:
 class ForkedKernel(IPythonKernel):
     """ipykernel's kernel without subshells, which cost a thread and two hops of every message."""
 
+    session: Any
+    shell: Any
+    shell_stream: Any
     _is_serving = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        shell: Any = self.shell
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._sources: dict[str, None] = {}
-        shell.compile.get_code_name = self._name_of_cell
-        _look_before_tokenizing(shell.input_transformer_manager)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.shell.compile.get_code_name = self._name_of_cell
+        _look_before_tokenizing(self.shell.input_transformer_manager)
 
     @property
     def _supports_kernel_subshells(self) -> bool:
         return False
 
     def _name_of_cell(self, raw_code: str, code: str, number: int) -> str:
-        """A file name like ipykernel's, whose hash is for debuggers, in Python: 0.1 ms for 1,000 characters."""
+        """A file name like ipykernel's, whose hash, for debuggers, takes 0.1 ms for 1,000 characters."""
+        folder = get_tmp_directory()  # type: ignore[no-untyped-call]
         number = zlib.crc32(raw_code.encode("utf-8", "replace"))
-        name = os.environ.get("IPYKERNEL_CELL_NAME") or f"{get_tmp_directory()}{os.sep}{number}.py"
+        name = os.environ.get("IPYKERNEL_CELL_NAME") or f"{folder}{os.sep}{number}.py"
         self._sources.pop(name, None)
         self._sources[name] = None
         if len(self._sources) > SOURCES:
@@ -262,7 +265,8 @@ class ForkedKernel(IPythonKernel):
         return name
 
     def _publish_status(self, status: str, channel: str, parent: Any = None) -> None:
-        message = self.session.msg("status", {"execution_state": status}, parent or self.get_parent(channel))  # type: ignore[no-untyped-call]
+        parent = parent or self.get_parent(channel)  # type: ignore[no-untyped-call]
+        message = self.session.msg("status", {"execution_state": status}, parent)
         self.iopub_thread.send_multipart(self.session.serialize(message, self._topic("status")))  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
@@ -272,10 +276,9 @@ class ForkedKernel(IPythonKernel):
 
     def _serve(self, message: list[bytes]) -> None:
         """Serve a request, up to where it waits for something; only the rest becomes a task."""
-        loop = asyncio.get_running_loop()
-        work = self.shell_main(None, message)  # type: ignore[no-untyped-call]
+        work = self.shell_main(None, message)
         if self._is_serving:  # an error of a cell aborts what has come in
-            loop.create_task(work, context=self._context)
+            self._go_on(work)
             return
         self._is_serving = True
         try:
@@ -287,7 +290,12 @@ class ForkedKernel(IPythonKernel):
             return
         finally:
             self._is_serving = False
-        loop.create_task(_rest(work, waits_for), context=self._context)
+        self._go_on(_rest(work, waits_for))
+
+    def _go_on(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work, context=self._context)
+        self._tasks.add(task)  # the loop itself holds none
+        task.add_done_callback(self._tasks.discard)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """As ipykernel's, which also pauses, for clients that stop reading at the reply."""
@@ -311,13 +319,13 @@ class ForkedKernel(IPythonKernel):
         for stream_of_cell in (sys.stdout, sys.stderr):
             if stream_of_cell is not None:
                 stream_of_cell.flush()
-        reply = json_clean(reply)
+        reply = json_clean(reply)  # type: ignore[no-untyped-call]
         metadata = self.finish_metadata(parent, metadata, reply)  # type: ignore[no-untyped-call]
         self.session.send(stream, "execute_reply", reply, parent, ident, metadata=metadata)
         if not silent and reply["status"] == "error" and content.get("stop_on_error", True):
-            self._abort_queues(None)  # type: ignore[no-untyped-call]
+            self._abort_queues(None)
 
-    async def do_execute(  # type: ignore[override]
+    async def do_execute(
         self,
         code: str,
         silent: bool,
@@ -343,10 +351,9 @@ class ForkedKernel(IPythonKernel):
         self._forward_input(allow_stdin)  # type: ignore[no-untyped-call]
         result = None
         try:
-            cell = shell.run_cell_async(
+            result = self.run_plain_cell(
                 code, transformed_cell=transformed, preprocessing_exc_tuple=fault, **options
             )
-            result = _pseudo_sync_runner(cell)
             error = result.error_in_exec if result.error_before_exec is None else result.error_before_exec
         except BaseException as caught:  # noqa: BLE001 - an interrupt outside of the cell's own code
             error = caught
@@ -357,6 +364,11 @@ class ForkedKernel(IPythonKernel):
                 shell.events.trigger("post_run_cell", result)
             self._restore_input()  # type: ignore[no-untyped-call]
         return self._reply(error, user_expressions or {})
+
+    def run_plain_cell(self, code: str, transformed_cell: str | None = None, **options: Any) -> Any:
+        """Run a cell that awaits nothing."""
+        cell = self.shell.run_cell_async(code, transformed_cell=transformed_cell or code, **options)
+        return _pseudo_sync_runner(cell)  # type: ignore[no-untyped-call]
 
     def _reply(self, error: BaseException | None, user_expressions: dict[str, str]) -> dict[str, Any]:
         shell: Any = self.shell

@@ -99,6 +99,7 @@ class CellStream(OutStream):
         self._pending = {}
         self._written: deque[tuple[Any, str]] = deque()
         self._room = ROOM
+        self._is_pumping = False
         self._muted_thread = None
         self._has_timer = False
         self._quiet_turns = 0
@@ -117,7 +118,7 @@ class CellStream(OutStream):
         if self._muted_thread is not None and self._muted_thread == threading.get_ident():
             return len(string)
         # Most prints do no more than this, without a lock: it is half of what they cost.
-        if self._has_more():
+        if self._has_more() or self._is_pumping:  # in this order
             self.pump()  # C code wrote first
         self._written.append((self._parent_header.get(None) or self._parent_header_global, string))
         self._room -= len(string) + ENTRY
@@ -133,7 +134,8 @@ class CellStream(OutStream):
             return
         with self._buffer_lock:
             self._room = ROOM
-            of, texts = None, []
+            of: Any = None
+            texts: list[str] = []
             while self._written:
                 header, string = self._written.popleft()
                 if header is not of:
@@ -169,7 +171,7 @@ class CellStream(OutStream):
         self.pub_thread.io_loop.call_later(self.flush_interval, self._flush_in_time)
 
     def _flush_in_time(self) -> None:
-        """In the publishing loop: again and again while the cells write, for to start a timer wakes a thread."""
+        """In the publishing loop, again and again while cells write: to start a timer wakes a thread."""
         with self._buffer_lock:
             self._sort()
             self._quiet_turns = 0 if self._pending else self._quiet_turns + 1
@@ -302,15 +304,20 @@ class CellStream(OutStream):
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then with its cell."""
         with self._buffer_lock:
-            self._sort()
+            # Who writes while this is set waits for the lock, also if the pipe is empty already: then all that
+            # is in `_written` after the read came before what was read.
+            self._is_pumping = True
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
                 if not self._has_more():  # cheaper than an error
-                    return
+                    break
                 try:
                     data = os.read(self._fid, READ)
                 except BlockingIOError:
-                    return
+                    break
+                self._sort()
                 self._put(self._parent_header_global, self._decoder.decode(data))
+            self._sort()
+            self._is_pumping = False
 
     def restore_fd(self) -> bool:
         """Open the captured descriptor again if a cell closed it; one that was redirected stays so."""
@@ -326,6 +333,7 @@ class CellStream(OutStream):
         self._buffer_lock = threading.RLock()
         self._pending = {}
         self._written.clear()
+        self._is_pumping = False
         self.__class__ = ForkedStream
         self._line: list[str] = []
 

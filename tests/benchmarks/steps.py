@@ -98,10 +98,9 @@ class Bench:
                 env.reset(max_iterations=10**6)
                 action = REPLAction(code=code)
                 for _ in range(self.count(30)):
-                    for _ in range(20):
-                        stock.append(timed(partial(client.execute_interactive, code, output_hook=id)))
-                    for _ in range(20):
-                        steps.append(timed(partial(env.step, action)))
+                    run = partial(client.execute_interactive, code, output_hook=id)
+                    stock += [timed(run) for _ in range(20)]
+                    steps += [timed(partial(env.step, action)) for _ in range(20)]
                     bare += bare_times(env, code, 20)
             awaited = asyncio.run(self.async_steps(code, self.count(600)))
             half = p(stock, 0.5)

@@ -155,12 +155,8 @@ KEPT: dict[str, str] = {
 LOST: dict[str, str] = {
     "the session is patched": "get_ipython().kernel.session.send = None",
     "the output channel is closed": "get_ipython().kernel.iopub_thread.close()",
-    "the output thread is stopped": "get_ipython().kernel.iopub_thread.stop()",
     "descriptors are closed": "import os; os.closerange(3, 1000)",
     "the loop is stopped in await": "import asyncio; asyncio.get_event_loop().stop(); await asyncio.sleep(0)",
-    "run_cell does nothing": "get_ipython().run_cell = lambda *a, **k: None",
-    "run_cell of the class does nothing": "type(get_ipython()).run_cell = lambda *a, **k: None",
-    "should_run_async is None": "get_ipython().should_run_async = None",
     "a cleanup that fails": """
         get_ipython().input_transformer_manager.cleanup_transforms.append(lambda lines: 1 / 0)
         """,
@@ -179,6 +175,15 @@ LOST: dict[str, str] = {
     "faulthandler exits": "import faulthandler as f, time; f.dump_traceback_later(1, exit=1); time.sleep(9)",
 }
 """Name → cell that costs the kernel."""
+
+
+LOST_UNLESS_FORKED: dict[str, str] = {
+    "the output thread is stopped": "get_ipython().kernel.iopub_thread.stop()",
+    "run_cell does nothing": "get_ipython().run_cell = lambda *a, **k: None",
+    "run_cell of the class does nothing": "type(get_ipython()).run_cell = lambda *a, **k: None",
+    "should_run_async is None": "get_ipython().should_run_async = None",
+}
+"""Name → cell that costs a kernel that ipykernel serves, but not a forked one, which serves itself."""
 
 
 def cell(code: str) -> str:

@@ -177,7 +177,18 @@ def assert_is(outputs: list[dict[str, Any]], cell: Cell) -> None:
             of_threads[line.split(" ")[0]].append(line)
         assert of_threads == cell.threads
         found[-1].stdout = ""
-    assert found == cell.stretches
+    assert [stretch.mark for stretch in found] == [stretch.mark for stretch in cell.stretches]
+    for is_so, should_be in zip(found, cell.stretches, strict=True):
+        assert_same(is_so.stdout, should_be.stdout)
+        assert_same(is_so.stderr, should_be.stderr)
+
+
+def assert_same(found: str, wanted: str) -> None:
+    if found != wanted:
+        pairs = zip(found, wanted, strict=False)
+        at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+        window = slice(max(at - 30, 0), at + 30)
+        pytest.fail(f"at {at} of {len(wanted)}: {found[window]!r} instead of {wanted[window]!r}")
 
 
 class Listener:
@@ -189,8 +200,8 @@ class Listener:
         self.by_request: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.requests: list[str] = []
         self._end = threading.Event()
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
-        self._socket.rcvhwm = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.set(zmq.RCVHWM, 0)
         self._socket.subscribe(b"")
         self._socket.connect(f"{info['transport']}://{info['ip']}-{info['iopub_port']}")
         self._ended: set[str] = set()
