@@ -92,7 +92,8 @@ def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         running.acquire()
     except KeyboardInterrupt:  # it may strike on the way into the loop, too
         loop.call_soon_threadsafe(cancel)
-        running.acquire()
+        if not outcome:  # it may strike just after the wait, too
+            running.acquire()
         raise
     result, error = outcome[0]
     if error is not None:

@@ -189,6 +189,8 @@ class ForkedSession(Session):
             if content:
                 self._add_digest(signature)
         header, parent, metadata = map(self.unpack, parts[:3])
+        if content:
+            self._packed = header, parts[0]  # what answers it has this as its parent
         return adapt(
             {
                 "header": header,
@@ -266,7 +268,7 @@ class ForkedKernel(IPythonKernel):
 
     def _publish_status(self, status: str, channel: str, parent: Any = None) -> None:
         parent = parent or self.get_parent(channel)  # type: ignore[no-untyped-call]
-        message = self.session.msg("status", {"execution_state": status}, parent)
+        message = self.session.msg("status", b'{"execution_state": "%s"}' % status.encode(), parent)
         self.iopub_thread.send_multipart(self.session.serialize(message, self._topic("status")))  # type: ignore[no-untyped-call]
 
     def start(self) -> None:

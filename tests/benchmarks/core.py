@@ -1,10 +1,9 @@
-"""Benchmarks of one environment beside a stock jupyter_client kernel, measured in the same run.
+"""Contexts, helper calls and exports of one environment; starts and steps are in scripts of their own.
 
     python tests/benchmarks/core.py            # the table in the README
     python tests/benchmarks/core.py --quick    # without the 1 GB context
 
-"Stock" is `start_new_kernel` and `execute_interactive` as jupyter_client's documentation shows them.
-Absolute times depend on the machine; the ratios are what to compare.
+Times depend on the machine; what is compared with a stock kernel is in `starts.py` and `steps.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.manager import start_new_kernel
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +29,7 @@ MB = 10**6
 
 @dataclass
 class Row:
-    """One line of the table: what, how much, against what, and whether that is within reach."""
+    """One line of the table: what, how much, what is aimed at, and whether that is reached."""
 
     what: str
     figure: str
@@ -45,61 +43,18 @@ def milliseconds(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def p(values: list[float], share: float) -> float:
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
-
-
-def steps(count: int) -> list[Row]:
-    """The same cells through a stock client and through an environment, taking turns."""
-    manager, client = start_new_kernel(kernel_name="python3")
-    rows = []
-    try:
-        with LocalREPLEnv() as env:
-            env.reset(max_iterations=10**6)
-            for code in ("x = 1", "print('x')"):
-                stock: list[float] = []
-                ours: list[float] = []
-                for _ in range(count):
-                    stock.append(milliseconds(partial(client.execute_interactive, code, output_hook=id)))
-                    ours.append(milliseconds(partial(env.execute, code)))
-                ratio = p(ours, 0.5) / p(stock, 0.5)
-                aim = 0.9 if code == "x = 1" else 1.0
-                rows.append(
-                    Row(
-                        f"step `{code}`, p50 (p99)",
-                        f"{p(ours, 0.5):.1f} ({p(ours, 0.99):.1f}) ms: {ratio:.2f} ×",
-                        f"stock {p(stock, 0.5):.1f} ({p(stock, 0.99):.1f}) ms; ≤ {aim} ×",
-                        ratio <= aim,
-                    )
-                )
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    return rows
-
-
-def starts(count: int) -> list[Row]:
-    """Resets with and without a context of 10 MB, and starts of a stock kernel, taking turns."""
-    stock: list[float] = []
+def contexts(count: int) -> list[Row]:
+    """Resets with and without a context of 10 MB, taking turns."""
     empty: list[float] = []
     filled: list[float] = []
     text = "kernel_env " * (10 * MB // 11)
     with LocalREPLEnv() as env:
         for _ in range(count):
-            start = time.perf_counter()
-            manager, client = start_new_kernel(kernel_name="python3")
-            stock.append((time.perf_counter() - start) * 1000)
-            client.stop_channels()
-            manager.shutdown_kernel(now=True)
             for context, times in (("", empty), (text, filled)):
                 env.close()
                 times.append(milliseconds(partial(env.reset, context=context)))
-    median, reference = statistics.median(empty), statistics.median(stock)
-    extra = statistics.median(filled) - median
-    return [
-        Row("reset, empty context", f"{median:.0f} ms", f"stock {reference:.0f} ms", True),
-        Row("a context of 10 MB adds", f"{extra:.0f} ms", "≤ 60 ms", extra <= 60),
-    ]
+    extra = statistics.median(filled) - statistics.median(empty)
+    return [Row("a context of 10 MB adds", f"{extra:.0f} ms", "≤ 60 ms", extra <= 60)]
 
 
 class Memory:
@@ -212,8 +167,8 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="leave the 1 GB context out")
     quick = parser.parse_args().quick
-    rows = [*steps(300), *starts(7), *([] if quick else large_context()), *helper_calls(), *export()]
-    table = Table("", "kernel_env", "beside", "")
+    rows = [*contexts(7), *([] if quick else large_context()), *helper_calls(), *export()]
+    table = Table("", "", "aim", "")
     for row in rows:
         table.add_row(row.what, row.figure, row.reference, "ok" if row.is_met else "missed")
     Console(width=120).print(table)

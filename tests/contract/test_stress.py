@@ -115,7 +115,7 @@ class Author:
         text, fd = self._text(), self._random.choice([1, 2])
         cell.lines += [
             f"left = {text!a}.encode()",
-            f"while left: left = left[os.write({fd}, left[:4096]):]; sys.stdout.flush(); sys.stderr.flush()",
+            f"while left: left = left[os.write({fd}, left[:4096]):]",
         ]
         if fd == 1:
             cell.now.stdout += text
