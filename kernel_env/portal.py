@@ -81,11 +81,16 @@ def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
     def begin() -> None:
         work.append(loop.create_task(body()))
 
+    def end(*_: Any) -> None:
+        if running.locked():  # the task had not begun, so that its `finally` did not run
+            running.release()
+
     def cancel() -> None:
         if work:
+            work[0].add_done_callback(end)
             work[0].cancel()
         else:
-            running.release()
+            end()
 
     try:
         loop.call_soon_threadsafe(begin)
