@@ -93,6 +93,8 @@ class Running:
     """When the kernel was last free of other clients' requests; None while it works on one."""
     has_begun: bool = False
     """The kernel has told that it runs the code."""
+    refused_before: int = 0
+    """Messages of the kernel that were not taken before this request was sent."""
     fault: str | None = None
     """Why the kernel, though it lives, cannot end this request."""
     died: bool = False

@@ -296,6 +296,7 @@ class Kernel:
             outputs=outputs or Outputs(self._setup.limits.cell_output),
             cell=self._bridge.begin(identifier),
             is_cell=outputs is not None,
+            refused_before=self._refused,
         )
         running.cell.on_broken = running.break_down
         self._running = running
@@ -305,6 +306,10 @@ class Kernel:
         else:
             self._process.send(message)
         return running
+
+    @property
+    def _refused(self) -> int:
+        return self._process.broken + self._bridge.refused
 
     def _finish(self, running: Running) -> None:
         self._bridge.end(running.cell)
@@ -360,7 +365,6 @@ class Kernel:
     async def _see_through(self, running: Running, active: float, total: float) -> Execution:
         """Wait for the end of a request, or bring it about; `running.died` says whether the kernel did."""
         killed = False
-        broken = self._process.broken + self._bridge.refused
         try:
             why = running.why = await running.until_end(active, total, self._process.drain)
             if running.fault is not None:
@@ -376,8 +380,8 @@ class Kernel:
         finally:
             self._finish(running)
         execution = running.conclude(self._process.end, killed=killed)
-        if broken := self._process.broken + self._bridge.refused - broken:
-            note = f"{broken} malformed or unauthorised messages from the kernel were not taken."
+        if refused := self._refused - running.refused_before:
+            note = f"{refused} malformed or unauthorised messages from the kernel were not taken."
             execution = replace(execution, notes=(*execution.notes, note))
         if execution.report is not None and execution.report.names is not None:
             self._names = execution.report.names

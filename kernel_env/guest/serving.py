@@ -146,6 +146,8 @@ class ForkedSession(Session):
         header: Any = None,
         metadata: Any = None,
     ) -> Any:
+        if os.getpid() != self.pid:  # a forked child's, unless its streams have told that it may
+            return None
         if isinstance(msg_or_type, dict):
             message = msg_or_type
             buffers = buffers or message.get("buffers")
@@ -340,6 +342,7 @@ class ForkedKernel(IPythonKernel):
     ) -> Any:
         """As ipykernel's, which transforms a cell twice, compiles it three times and looks at signatures."""
         shell: Any = self.shell
+        shell._last_traceback, shell._last_traceback_during_displayhook = None, False
         fault = None
         try:
             transformed = shell.transform_cell(code)
@@ -369,7 +372,8 @@ class ForkedKernel(IPythonKernel):
 
     def run_plain_cell(self, code: str, transformed_cell: str | None = None, **options: Any) -> Any:
         """Run a cell that awaits nothing."""
-        cell = self.shell.run_cell_async(code, transformed_cell=transformed_cell or code, **options)
+        transformed = self.shell.transform_cell(code) if transformed_cell is None else transformed_cell
+        cell = self.shell.run_cell_async(code, transformed_cell=transformed, **options)
         return _pseudo_sync_runner(cell)  # type: ignore[no-untyped-call]
 
     def _reply(self, error: BaseException | None, user_expressions: dict[str, str]) -> dict[str, Any]:

@@ -304,7 +304,7 @@ class CellStream(OutStream):
     def pump(self) -> None:
         """Take what stands in the pipe; all that was written before this call is then with its cell."""
         with self._buffer_lock:
-            # Who writes while this is set waits for the lock, also if the pipe is empty already: then all that
+            # Who writes while this is set waits for the lock, also if the pipe is empty by then: so all that
             # is in `_written` after the read came before what was read.
             self._is_pumping = True
             for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
