@@ -118,8 +118,11 @@ class CellStream(OutStream):
         if self._muted_thread is not None and self._muted_thread == threading.get_ident():
             return len(string)
         # Most prints do no more than this, without a lock: it is half of what they cost.
-        if self._has_more() or self._is_pumping:  # in this order
-            self.pump()  # C code wrote first
+        try:
+            if self._readable.poll(0) or self._is_pumping:  # in this order
+                self.pump()  # C code wrote first
+        except RuntimeError:  # another thread looks
+            self.pump()
         self._written.append((self._parent_header.get(None) or self._parent_header_global, string))
         self._room -= len(string) + ENTRY
         if self._room < 0 or not self._has_timer:
