@@ -9,6 +9,7 @@ from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, HelperCall, Turn
 from kernel_env.errors import (
+    ArtifactError,
     ConfigError,
     EpisodeOver,
     HelperError,
@@ -16,6 +17,7 @@ from kernel_env.errors import (
     KernelEnvError,
     KernelError,
     KernelStartError,
+    LimitExceeded,
     ResetRequired,
     RubricError,
     UsageError,
@@ -31,8 +33,11 @@ from kernel_env.rubrics import (
     Rubric,
 )
 from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult
+from kernel_env.workdir import Artifact
 
 __all__ = [
+    "Artifact",
+    "ArtifactError",
     "CodeBlockResult",
     "CodeExecutionRubric",
     "ConfigError",
@@ -48,6 +53,7 @@ __all__ = [
     "KernelEnvError",
     "KernelError",
     "KernelStartError",
+    "LimitExceeded",
     "Limits",
     "LocalREPLEnv",
     "REPLAction",

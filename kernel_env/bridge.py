@@ -68,6 +68,7 @@ class Bridge:
         self.refused = 0
         """Connections, frames and requests that were turned away, calls of ended cells among them."""
         self._server: asyncio.Server | None = None
+        self.is_closed = False
         self._memfd: int | None = None
 
     def begin_episode(self, helpers: Mapping[str, Helper], context: Context, limits: Limits) -> None:
@@ -77,10 +78,15 @@ class Bridge:
     async def open(self) -> None:
         """Listen; the folder of `path` keeps other users out, the token everybody else."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Connection(self), self.path, backlog=_BACKLOG)
+        # In two steps: cancelled in the first, which waits only if it also serves, the socket would stay open.
+        self._server = await loop.create_unix_server(
+            lambda: _Connection(self), self.path, backlog=_BACKLOG, start_serving=False
+        )
+        await self._server.start_serving()
 
     def close(self) -> None:
         """Stop listening, drop every connection, cancel every call."""
+        self.is_closed = True
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
@@ -247,6 +253,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # not one by inheritance in every loop: uvloop
+        if self._bridge.is_closed:  # it was accepted just before
+            self._transport.abort()
+            return
         if len(self._bridge.connections) >= self._bridge.most_connections:
             self._bridge.refused += 1
             most = self._bridge.most_connections

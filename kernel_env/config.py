@@ -57,6 +57,8 @@ class Limits:
     """User functions that run at once for one environment, each in a thread of its own if it is sync."""
     cell_output: int = 4 * 2**20
     """Characters of one cell's output that the record and the notebook keep."""
+    files_bytes: int = 2**30
+    """Bytes of all `files` that are copied into the working directory of an episode."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -95,7 +97,8 @@ class EnvConfig:
     isolation: str = "auto"
     preload: Sequence[str] = ()
     """Modules that every kernel has imported when it starts; forked kernels share one import."""
-    files: Mapping[str, Any] | None = None
+    files: Mapping[str, bytes | str | os.PathLike[str]] | None = None
+    """Name in the working directory → its bytes, or the path of a file to copy before the first cell."""
     rlm_max_depth: int = 1
     rlm_max_iterations: int | None = None
 
@@ -133,10 +136,6 @@ class EnvConfig:
         if self.isolation not in {"auto", "process"}:
             raise ConfigError(
                 f"isolation={self.isolation!r}: this version has 'process' (and 'auto', which picks it)"
-            )
-        if self.files:
-            raise ConfigError(
-                f"files={sorted(self.files)!r}: this version copies no files in; use context or tools"
             )
         if self.rlm_max_depth != 1:
             raise ConfigError(

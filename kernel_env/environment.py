@@ -17,6 +17,7 @@ from kernel_env.errors import ConfigError, ResetRequired, UsageError
 from kernel_env.rollout import Rollout
 from kernel_env.rubrics import REPLRubric, Scorer
 from kernel_env.types import EnvironmentMetadata, REPLAction, REPLObservation, REPLState
+from kernel_env.workdir import ARTIFACT_BYTES, Artifact, check_files, list_artifacts, read_artifact
 
 __all__ = ["REPLEnvironment"]
 
@@ -38,12 +39,14 @@ class REPLEnvironment:
         kernel_name: an installed kernelspec of an IPython kernel.
         limits: bounds on time, restarts and sizes.
         tools: name → function of the host, callable from the kernel.
+        preload: modules that every kernel has imported when it starts; forked kernels share one import.
+        files: name in the working directory → bytes, or the path of a file, copied before the first cell.
         on_output: called with each output (nbformat-shaped) as it arrives; must be quick.
         on_turn: called with each finished `Turn`; sync or async.
 
     Raises:
-        ConfigError: an argument cannot be used. `rlm_max_depth`, `rlm_max_iterations`, `preload`, `files`
-            and `isolation="sandbox"` are refused in this version.
+        ConfigError: an argument cannot be used. `rlm_max_depth`, `rlm_max_iterations` and
+            `isolation="sandbox"` are refused in this version.
     """
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -68,7 +71,7 @@ class REPLEnvironment:
         tools: Mapping[str, Callable[..., Any]] | None = None,
         isolation: str = "auto",
         preload: Sequence[str] = (),
-        files: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes | str | os.PathLike[str]] | None = None,
         on_output: Callable[[dict[str, Any]], None] | None = None,
         on_turn: Callable[[Turn], Any] | None = None,
     ) -> None:
@@ -92,6 +95,7 @@ class REPLEnvironment:
             rlm_max_depth=rlm_max_depth,
             rlm_max_iterations=rlm_max_iterations,
         )
+        check_files({} if files is None else files, config.limits.files_bytes)
         self._default_context = context
         self._default_task_prompt = task_prompt
         self._config = config
@@ -261,6 +265,27 @@ class REPLEnvironment:
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"get_variable({name!r}): give a name or an expression")
         return await rollout.variable(name.strip(), timeout_s)
+
+    def artifacts(self) -> list[Artifact]:
+        """The regular files in the episode's working directory, sorted by name; until close or reset.
+
+        What was given as `files` is among them. A working directory outlives the kernels that are lost.
+
+        Raises:
+            ResetRequired: there is no episode.
+        """
+        return list_artifacts(self._require_rollout().folder)
+
+    def read_artifact(self, name: str, *, max_bytes: int = ARTIFACT_BYTES) -> bytes:
+        """The content of one of `artifacts()`, at most `max_bytes` (default 64 MiB).
+
+        Raises:
+            ArtifactError: there is no regular file of that name.
+            LimitExceeded: it is larger.
+            ResetRequired: there is no episode.
+        """
+        check_count("max_bytes", max_bytes)
+        return read_artifact(self._require_rollout().folder, name, max_bytes)
 
     async def close_async(self) -> None:
         """End the episode and its kernel; the record and `export` stay usable. Closing twice is fine."""

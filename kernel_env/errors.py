@@ -4,10 +4,12 @@
     ├─ UsageError            the caller broke the protocol
     │  ├─ ResetRequired      step or state before reset, or after close   (a RuntimeError)
     │  ├─ EpisodeOver        step after the episode ended
+    │  ├─ ArtifactError      no such file in the working directory
     │  └─ ConfigError        an argument cannot be used                   (a ValueError)
     ├─ KernelError           the kernel failed, not the code in it
     │  ├─ KernelStartError   no kernel became ready
     │  └─ KernelDied         the kernel is gone and no other took over
+    ├─ LimitExceeded         more than was asked for                      (.limit .value .maximum)
     ├─ HelperError           a helper could not be served                 (raised inside the kernel too)
     └─ RubricError           a user's rubric raised, or returned no number
 
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "ArtifactError",
     "ConfigError",
     "EpisodeOver",
     "HelperError",
@@ -28,6 +31,7 @@ __all__ = [
     "KernelEnvError",
     "KernelError",
     "KernelStartError",
+    "LimitExceeded",
     "ResetRequired",
     "RubricError",
     "UsageError",
@@ -51,6 +55,10 @@ class EpisodeOver(UsageError):
     """Raised by a step after the one that ended the episode."""
 
 
+class ArtifactError(UsageError):
+    """Raised when the working directory has no regular file of that name."""
+
+
 class ConfigError(UsageError, ValueError):
     """Raised when an argument has a value that cannot be used, naming the value."""
 
@@ -65,6 +73,17 @@ class KernelStartError(KernelError):
 
 class KernelDied(KernelError):
     """Raised when the kernel is gone and none could replace it."""
+
+
+class LimitExceeded(KernelEnvError):
+    """Raised when something is larger than its limit; says which, how large, and how large it may be."""
+
+    def __init__(self, limit: str, value: int, maximum: int) -> None:
+        super().__init__(limit, value, maximum)
+        self.limit, self.value, self.maximum = limit, value, maximum
+
+    def __str__(self) -> str:
+        return f"{self.value} is more than {self.limit} = {self.maximum}"
 
 
 class HelperError(KernelEnvError):

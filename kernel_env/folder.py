@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -10,7 +11,9 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,9 @@ TEMPLATE_PREFIX = "kt-"
 """Of the folder of a process that kernels are forked from."""
 # The longest socket name under a folder is "/k-5"; a Unix socket's path has at most 107 bytes.
 _LONGEST = 107 - len("/k-5")
+_UNFINISHED = (f"new-{_PREFIX}", f"new-{TEMPLATE_PREFIX}")
+_SWEPT = (_PREFIX, TEMPLATE_PREFIX, *_UNFINISHED)
+_MAKING_SECONDS = 60
 _ROUNDS = 20
 
 _IPYTHON_CONFIG = {
@@ -37,12 +43,21 @@ _IPYTHON_CONFIG = {
 }
 
 
+_held_here: dict[KernelFolder, int] = {}
+"""Folders → the process that holds them."""
+
+
 @dataclass(frozen=True)
 class KernelFolder:
     """The folder of one kernel (0700), held by this process until it is removed or this process is gone."""
 
     path: Path
     _lock: int
+
+    @property
+    def work(self) -> Path:
+        """The kernel's working directory, which the kernel can do anything to."""
+        return self.path / "work"
 
     @classmethod
     def make(cls, prefix: str = _PREFIX) -> KernelFolder:
@@ -68,27 +83,71 @@ class KernelFolder:
             # Held before it has the name that others sweep. A lock on the folder itself ends with its
             # holder, however that ends, and holds between containers, where a process id says nothing.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for name in ("work", "home", "tmp", "guest"):
-                (made / name).mkdir()
-            profile = made / "ipython" / "profile_default"
-            profile.mkdir(parents=True)
-            (profile / "ipython_kernel_config.json").write_text(json.dumps(_IPYTHON_CONFIG))
-            return cls(made.rename(made.with_name(made.name.removeprefix("new-"))), lock)
+            _furnish(made)
+            folder = cls(made.rename(made.with_name(made.name.removeprefix("new-"))), lock)
+            _held_here[folder] = os.getpid()
+            return folder
         except BaseException:
             os.close(lock)
             _remove(made)
             raise
 
+    @contextlib.contextmanager
+    def opened_work(self) -> Iterator[int]:
+        """A descriptor of the working directory, wherever a cell may have moved what is above it.
+
+        Raises:
+            OSError: it is gone, or something else is in its place.
+        """
+        fd = os.open("work", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._lock)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still there."""
+        return self in _held_here
+
     def remove(self, *, is_deserted: bool = False) -> None:
         """Kill what was started in the folder and still runs, then remove it, whatever its permissions.
 
-        `is_deserted`: nothing does, so that there is no need to look through all processes: 20 ms.
+        `is_deserted`: nothing does, so that there is no need to look through all processes: 20 ms. Done
+        again it does nothing.
         """
+        if _held_here.pop(self, None) is None:
+            return
         if is_deserted:
             _remove(self.path)
         else:
             _clear(self.path)
         os.close(self._lock)
+
+    def renew(self, *, is_deserted: bool = False) -> None:
+        """The same, but keep the working directory, and furnish the folder for the next kernel."""
+        if not is_deserted:
+            _evict(self.path)
+        for entry in list(os.scandir(self.path)):
+            if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
+                _remove(Path(entry.path))
+        _furnish(self.path)
+        self.work.chmod(stat.S_IRWXU)
+
+
+@atexit.register
+def _remove_what_is_left() -> None:
+    for folder, owner in list(_held_here.items()):
+        if owner == os.getpid():
+            folder.remove()
+
+
+def _furnish(folder: Path) -> None:
+    for name in ("work", "home", "tmp", "guest"):
+        (folder / name).mkdir(exist_ok=True)
+    profile = folder / "ipython" / "profile_default"
+    profile.mkdir(parents=True)
+    (profile / "ipython_kernel_config.json").write_text(json.dumps(_IPYTHON_CONFIG))
 
 
 def _parent() -> str:
@@ -101,13 +160,19 @@ def sweep() -> None:
     for parent in {tempfile.gettempdir(), _parent()}:
         found = []
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            found = [entry.path for entry in entries if entry.name.startswith((_PREFIX, TEMPLATE_PREFIX))]
+            found = [entry.path for entry in entries if entry.name.startswith(_SWEPT)]
         for path in found:
             with contextlib.suppress(OSError), _held(path):
-                # Only what `make` made: somebody else's folder may begin with the same letters.
-                if os.stat(path).st_uid == os.getuid() and os.path.isdir(f"{path}/guest"):
+                if os.stat(path).st_uid == os.getuid() and _is_abandoned(path):
                     log.warning("removing %s, left by a process that was killed", path)
                     _clear(Path(path))
+
+
+def _is_abandoned(path: str) -> bool:
+    if os.path.basename(path).startswith(_UNFINISHED):  # it is held a moment after it is there
+        return time.time() - os.stat(path).st_mtime > _MAKING_SECONDS
+    # Only what `make` made: somebody else's folder may begin with the same letters.
+    return os.path.isdir(f"{path}/guest")
 
 
 @contextlib.contextmanager
@@ -121,14 +186,18 @@ def _held(path: str) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
+    _evict(folder)
+    _remove(folder)
+
+
+def _evict(folder: Path) -> None:
     for _ in range(_ROUNDS):  # again, for what one of them forked meanwhile
         inhabitants = list(_inhabitants(folder))
         for pid in inhabitants:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not inhabitants:
-            break
-    _remove(folder)
+            return
 
 
 def _inhabitants(folder: Path) -> Iterator[int]:
@@ -156,7 +225,13 @@ def _remove(folder: Path) -> None:
             os.unlink(path)
 
     try:
-        shutil.rmtree(folder, onerror=make_removable)
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, onerror=make_removable)
+    except RecursionError:  # folders in folders in folders: these two go down any number
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)
     except FileNotFoundError:
         return  # somebody removed it with what is around it
     except OSError as error:

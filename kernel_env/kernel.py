@@ -40,6 +40,7 @@ class Kernel:
 
     def __init__(self, setup: KernelSetup) -> None:
         self._setup = setup
+        self._folder: KernelFolder | None = None
         self._running: Running | None = None
         self._late = Outputs(setup.limits.cell_output)
         self._is_subscribed = asyncio.Event()
@@ -77,8 +78,10 @@ class Kernel:
 
     async def _start(self) -> None:
         setup = self._setup
-        await run_in_thread(sweep)
-        folder = KernelFolder.make()
+        if self._folder is None:
+            await run_in_thread(sweep)
+            self._folder = KernelFolder.make()
+        folder = self._folder
         self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, setup.limits)
         self._is_subscribed.clear()
         self._others.clear()
@@ -95,7 +98,10 @@ class Kernel:
                 )
         except BaseException as error:
             self._bridge.close()
-            folder.remove()
+            if self._restarts:
+                folder.renew()
+            else:
+                folder.remove()
             if isinstance(error, TimeoutError):
                 raise self._late_start() from error
             raise
@@ -111,7 +117,7 @@ class Kernel:
                 report = await work
         except BaseException as error:
             tail = self._process.stderr_tail
-            await self._end()
+            await self._end(keeps_work=self._restarts > 0)
             if isinstance(error, TimeoutError):
                 raise self._late_start(tail) from error
             raise
@@ -258,16 +264,24 @@ class Kernel:
     async def close(self) -> None:
         """End the kernel; nothing of it is left."""
         await self._end()
+        if self._folder is not None and self._folder.is_held:  # kept for the next kernel, and there was none
+            await run_in_thread(self._folder.remove, is_deserted=True)
         self._tell_closed()
 
-    async def _end(self) -> None:
+    async def _end(self, *, keeps_work: bool = False) -> None:
         self._bridge.close()
-        await self._process.kill()
+        await self._process.kill(keeps_work=keeps_work)
 
     def close_now(self) -> None:
         """The same when the loop it lived on is closed."""
         self._process.kill_now()
         self._tell_closed()
+
+    @property
+    def folder(self) -> KernelFolder:
+        """The folder with the working directory, which outlives the kernels that are lost."""
+        assert self._folder is not None  # since the start
+        return self._folder
 
     def _tell_closed(self) -> None:
         while self.on_closed:
@@ -418,7 +432,7 @@ class Kernel:
         return True
 
     async def _replace(self) -> bool:
-        await self._end()
+        await self._end(keeps_work=True)
         if not self._can_replace:
             return False
         self._restarts += 1

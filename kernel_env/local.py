@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, Turn
 from kernel_env.notebook import write_notebook
 from kernel_env.types import REPLAction, REPLObservation, REPLState, StepResult
+from kernel_env.workdir import ARTIFACT_BYTES, Artifact
 
 __all__ = ["LocalREPLEnv"]
 
@@ -39,7 +41,7 @@ class LocalREPLEnv:
         tools: Mapping[str, Callable[..., Any]] | None = None,
         isolation: str = "auto",
         preload: Sequence[str] = (),
-        files: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes | str | os.PathLike[str]] | None = None,
         on_output: Callable[[dict[str, Any]], None] | None = None,
         on_turn: Callable[[Turn], Any] | None = None,
     ) -> None:
@@ -129,6 +131,14 @@ class LocalREPLEnv:
             ConfigError: the path cannot be written, or does not end in `.ipynb`.
         """
         return write_notebook(self.episode, path)
+
+    def artifacts(self) -> list[Artifact]:
+        """The regular files in the working directory; see `REPLEnvironment.artifacts`."""
+        return self._env.artifacts()
+
+    def read_artifact(self, name: str, *, max_bytes: int = ARTIFACT_BYTES) -> bytes:
+        """The content of one of them; see `REPLEnvironment.read_artifact`."""
+        return self._env.read_artifact(name, max_bytes=max_bytes)
 
     def close(self) -> None:
         """End the episode and its kernel."""

@@ -312,20 +312,21 @@ class KernelProcess:
         self._signal_group()
         await self.exited.wait()
 
-    async def kill(self) -> None:
-        """Terminate, close what this host holds of the process and remove its folder.
+    async def kill(self, *, keeps_work: bool = False) -> None:
+        """Terminate, close what this host holds of the process and remove its folder, or make it fresh.
 
         Once begun it comes to its end, also when the caller is cancelled; again, it waits for the same end.
         """
         if self._ending is None:
-            self._ending = asyncio.ensure_future(self._kill())
+            self._ending = asyncio.ensure_future(self._kill(keeps_work=keeps_work))
         await asyncio.shield(self._ending)
 
-    async def _kill(self) -> None:
+    async def _kill(self, *, keeps_work: bool) -> None:
         await self.terminate()
         self._release()
         await self._provisioner.wait()
-        await run_in_thread(self.folder.remove, is_deserted=self._is_deserted)
+        clear = self.folder.renew if keeps_work else self.folder.remove
+        await run_in_thread(clear, is_deserted=self._is_deserted)
         _live.discard(self)
 
     def kill_now(self) -> None:

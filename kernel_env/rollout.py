@@ -24,6 +24,7 @@ from kernel_env.config import EnvConfig
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import EpisodeOver, KernelDied, ResetRequired, RubricError
 from kernel_env.execution import Execution
+from kernel_env.folder import KernelFolder
 from kernel_env.helpers import HostHelpers
 from kernel_env.install import KernelSetup
 from kernel_env.kernel import Kernel
@@ -31,6 +32,7 @@ from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
 from kernel_env.pool import start_kernel
 from kernel_env.rubrics import Scorer
 from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation
+from kernel_env.workdir import copy_in
 
 __all__ = ["Rollout"]
 
@@ -103,6 +105,12 @@ class Rollout:
                 preload=tuple(config.preload),
             )
         )
+        if config.files:
+            try:
+                await portal.run_in_thread(copy_in, config.files, kernel.folder)
+            except BaseException:
+                await kernel.close()
+                raise
         record.start_time = time.monotonic() - clock
         return cls(config, scorer, helpers, record, kernel)
 
@@ -114,6 +122,11 @@ class Rollout:
     def names(self) -> list[str]:
         """The names in the kernel's namespace, sorted, as of the last cell."""
         return self._kernel.names
+
+    @property
+    def folder(self) -> KernelFolder:
+        """The folder with the episode's working directory."""
+        return self._kernel.folder
 
     @property
     def _time_left(self) -> float:

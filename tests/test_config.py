@@ -38,7 +38,6 @@ async def asynchronous(output: Any) -> None:
         ({"preload": "numpy"}, r"preload = 'numpy'; give a sequence of module names"),
         ({"preload": ["numpy.", "os"]}, r"preload = \['numpy.', 'os'\]"),
         ({"preload": [5]}, r"preload = \[5\]"),
-        ({"files": {"a": b""}}, r"files=\['a'\]"),
         ({"rlm_max_depth": 2}, "rlm_max_depth=2"),
         ({"rlm_max_iterations": 5}, "rlm_max_iterations=5"),
     ],

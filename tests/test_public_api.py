@@ -23,7 +23,7 @@ LAYERS = [
     {"types", "config"},
     {"episode"},
     {"outputs", "answer", "portal", "folder"},
-    {"calls"},
+    {"calls", "workdir"},
     {"bridge"},
     {"execution", "install"},
     {"provisioners"},
