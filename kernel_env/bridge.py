@@ -78,7 +78,7 @@ class Bridge:
     async def open(self) -> None:
         """Listen; the folder of `path` keeps other users out, the token everybody else."""
         loop = asyncio.get_running_loop()
-        # In two steps: cancelled in the first, which waits only if it also serves, the socket would stay open.
+        # In two steps: cancelled while it waits to serve, the first alone would leave its socket open.
         self._server = await loop.create_unix_server(
             lambda: _Connection(self), self.path, backlog=_BACKLOG, start_serving=False
         )
