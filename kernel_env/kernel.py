@@ -73,7 +73,7 @@ class Kernel:
         self._setup = setup
         self._late = Outputs(setup.limits.cell_output)
         self._bridge.begin_episode(setup.helpers, setup.context, setup.limits)
-        self._process.message_bytes = _message_bytes(setup)
+        self._process.wire.limit = _message_bytes(setup)
         await self._become_ready(self._install(has_guest=True))
 
     async def _start(self) -> None:
@@ -156,7 +156,7 @@ class Kernel:
             return
 
     async def _install(self, *, has_guest: bool = False) -> Report:
-        setup, session = self._setup, self._process.session.session
+        setup, session = self._setup, self._process.wire.session
         request = install_request(setup, self._bridge, session, has_guest=has_guest)
         running = self._begin("execute_request", _execute_content(RUN_BOOT, silent=True), request)
         running.is_stoppable = False
@@ -303,7 +303,7 @@ class Kernel:
         metadata: dict[str, Any] | None = None,
         outputs: Outputs | None = None,
     ) -> Running:
-        message = self._process.message(kind, content, {PAYLOAD: metadata} if metadata else None)
+        message = self._process.wire.request(kind, content, {PAYLOAD: metadata} if metadata else None)
         identifier: str = message["header"]["msg_id"]
         running = Running(
             id=identifier,
@@ -343,9 +343,9 @@ class Kernel:
             self._is_subscribed.set()
             return
         parent, running = message["parent_header"], self._running
-        if kind == "status" and parent.get("session") != self._process.session.session:
+        if kind == "status" and parent.get("session") != self._process.wire.session:
             self._note_others(parent.get("msg_id"), content.get("execution_state"))
-        if channel == "iopub" and kind != "status" and parent.get("session") == self._process.session.session:
+        if channel == "iopub" and kind != "status" and parent.get("session") == self._process.wire.session:
             # A thread or a task of an earlier cell may still print: it shows with this cell, or the next.
             if running is not None and (running.is_cell or parent.get("msg_id") == running.id):
                 running.outputs.add(kind, content)
@@ -422,7 +422,7 @@ class Kernel:
         await self._process.interrupt()
         # ipykernel's handler for a cell parked in `await` only schedules a callback, which nothing wakes
         # the loop for; any request on this channel does.
-        self._process.send(self._process.message("kernel_info_request", {}))
+        self._process.send(self._process.wire.request("kernel_info_request", {}))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._setup.limits.interrupt_grace):
                 await running.ended.wait()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from kernel_env.errors import UsageError
 
-__all__ = ["as_async", "run", "run_in_thread"]
+__all__ = ["Outcome", "as_async", "run", "run_in_thread"]
 
 T = TypeVar("T")
 
@@ -104,6 +104,33 @@ def run(function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+class Outcome(asyncio.Future[T]):
+    """What comes of work that goes on to its end, told to hurry, when its waiter is cancelled."""
+
+    def __init__(self, work: Coroutine[Any, Any, T], hurry: Callable[[], bool]) -> None:
+        super().__init__()
+        self.was_cancelled = False
+        self._hurry = hurry
+        self._task = asyncio.ensure_future(self._settle(work))
+
+    async def _settle(self, work: Coroutine[Any, Any, T]) -> None:
+        try:
+            result = await work
+        except asyncio.CancelledError:
+            super().cancel()
+        except Exception as error:  # noqa: BLE001 - carried to who waits
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """A task that waits for a future passes its own cancellation on to it, by this method."""
+        self.was_cancelled = True
+        if not self._hurry():
+            self._task.cancel()
+        return True
 
 
 def as_async(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import hmac
-import json
 import logging
 import os
 import resource
@@ -15,15 +13,12 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import zmq
-from jupyter_client._version import protocol_version
 from jupyter_client.connect import write_connection_file
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
-from jupyter_client.session import DELIM, Session
 
 from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
@@ -31,6 +26,7 @@ from kernel_env.folder import KernelFolder
 from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
 from kernel_env.portal import run_in_thread
 from kernel_env.provisioners import fork
+from kernel_env.wire import Wire
 
 __all__ = ["KernelProcess", "check_platform"]
 
@@ -62,15 +58,14 @@ class KernelProcess:
     def __init__(
         self,
         provisioner: Any,
-        session: Session,
+        wire: Wire,
         folder: KernelFolder,
         stderr: int,
-        message_bytes: int,
         on_message: OnMessage,
         on_exit: Callable[[], None],
     ) -> None:
         self.folder = folder
-        self.session = session
+        self.wire = wire
         self.exited = asyncio.Event()
         self._provisioner = provisioner
         self._on_message = on_message
@@ -81,14 +76,10 @@ class KernelProcess:
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
-        self._sent = 0
         self.received = 0
         """Messages that came in, broken ones included."""
         self.broken = 0
         """Messages that were none, or too large to be read."""
-        self.message_bytes = message_bytes
-        """A larger message is not read."""
-        self._parent: tuple[bytes, Any] = (b"", None)
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
         self._pidfd = (
@@ -127,20 +118,14 @@ class KernelProcess:
         check_platform()
         _allow_files()
         spec, _ = with_provisioner(find_kernelspec(kernel_name), preload)
-        session = Session(
-            # Not orjson even where it is installed: it refuses text with lone surrogates.
-            key=os.urandom(32).hex().encode(),
-            packer="json",
-            unpacker="json",
-            check_pid=False,
-        )
+        wire = Wire(message_bytes)
         connection_file = str(folder.path / "connection.json")
         ports: dict[str, Any] = _PORTS
         write_connection_file(
             connection_file,
             transport="ipc",
             ip=_ip(folder),
-            key=session.key,
+            key=wire.key,
             kernel_name=kernel_name,
             **ports,
         )
@@ -159,7 +144,7 @@ class KernelProcess:
                 stderr=write_end,
                 **options,
             )
-            return cls(provisioner, session, folder, read_end, message_bytes, on_message, on_exit)
+            return cls(provisioner, wire, folder, read_end, on_message, on_exit)
         except BaseException as error:
             if provisioner.has_process:
                 await provisioner.kill()
@@ -183,37 +168,13 @@ class KernelProcess:
         if kind == zmq.SUB:
             socket.subscribe(b"")
         else:
-            socket.identity = self.session.bsession
+            socket.identity = self.wire.session.encode()
         socket.connect(f"ipc://{_ip(self.folder)}-{_PORTS[f'{channel}_port']}")
         return socket
 
-    def message(
-        self, kind: str, content: dict[str, Any], metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Make a request, whose id is then known before it is sent."""
-        identifier = f"{self.session.session}_{self._owner}_{self._sent}"
-        self._sent += 1
-        header = {
-            "msg_id": identifier,
-            "msg_type": kind,
-            "username": self.session.username,
-            "session": self.session.session,
-            "date": datetime.now(UTC).isoformat(),
-            "version": protocol_version,
-        }
-        return {"header": header, "metadata": metadata or {}, "content": content}
-
-    def send(self, message: dict[str, Any]) -> None:
-        self._send("shell", message)
+    def send(self, request: dict[str, Any]) -> None:
+        self._sockets["shell"].send_multipart(self.wire.pack(request))
         self.drain()  # sending can swallow the edge that tells of messages which are already in
-
-    def _send(self, channel: str, message: dict[str, Any]) -> None:
-        empty: dict[str, Any] = {}  # the parent of a request
-        parts = [
-            json.dumps(part, allow_nan=False).encode()
-            for part in (message["header"], empty, message["metadata"], message["content"])
-        ]
-        self._sockets[channel].send_multipart([DELIM, self.session.sign(parts), *parts])
 
     def drain(self) -> None:
         """Take the messages that are there."""
@@ -228,30 +189,11 @@ class KernelProcess:
     def _receive(self, channel: str, frames: list[bytes]) -> None:
         self.received += 1
         try:
-            self._on_message(channel, self._decode(frames))
+            self._on_message(channel, self.wire.unpack(frames))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # Passed on, it would leave the messages behind it unread until the next one comes.
             self.broken += 1
             log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
-
-    def _decode(self, frames: list[bytes]) -> dict[str, Any]:
-        # `Session.deserialize` also makes datetimes of every date, which nobody here reads: half its time.
-        signature, *parts = frames[frames.index(DELIM) + 1 :]
-        if (size := sum(map(len, parts))) > self.message_bytes:
-            raise ValueError(f"it has {size} bytes")
-        if not hmac.compare_digest(signature, self.session.sign(parts[:4])):
-            raise ValueError("its signature is wrong")
-        header, parent, _, content = parts[:4]
-        if parent != self._parent[0]:  # all that one request brings has the same
-            self._parent = parent, json.loads(parent)
-        message = {
-            "msg_type": json.loads(header)["msg_type"],
-            "parent_header": self._parent[1],
-            "content": json.loads(content),
-        }
-        if not isinstance(message["parent_header"], dict) or not isinstance(message["content"], dict):
-            raise TypeError("its parts are no objects")
-        return message
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -297,7 +239,7 @@ class KernelProcess:
             return
         if "control" not in self._sockets:
             self._sockets["control"] = self._connect("control", zmq.DEALER)
-        self._send("control", self.message("interrupt_request", {}))
+        self._sockets["control"].send_multipart(self.wire.pack(self.wire.request("interrupt_request", {})))
 
     async def settle(self, seconds: float = 0.05) -> None:
         """Read what a dead process has left in its sockets, until nothing came for `seconds`."""

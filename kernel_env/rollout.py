@@ -208,7 +208,7 @@ class Rollout:
 
         A cancellation, or several, only stops the cell: left alone, it would run on into the next step.
         """
-        outcome = _Outcome(work, partial(self._kernel.stop, "the caller interrupted it"))
+        outcome = portal.Outcome(work, partial(self._kernel.stop, "the caller interrupted it"))
         return await outcome, outcome.was_cancelled
 
     async def _act(
@@ -337,33 +337,6 @@ class Rollout:
             lost_variables=list(execution.lost_variables) if execution else [],
             outputs=execution.outputs if execution else [],
         )
-
-
-class _Outcome(asyncio.Future[T]):
-    """What comes of work that goes on to its end, told to hurry, when its waiter is cancelled."""
-
-    def __init__(self, work: Coroutine[Any, Any, T], hurry: Callable[[], bool]) -> None:
-        super().__init__()
-        self.was_cancelled = False
-        self._hurry = hurry
-        self._task = asyncio.ensure_future(self._settle(work))
-
-    async def _settle(self, work: Coroutine[Any, Any, T]) -> None:
-        try:
-            result = await work
-        except asyncio.CancelledError:
-            super().cancel()
-        except Exception as error:  # noqa: BLE001 - carried to who waits
-            self.set_exception(error)
-        else:
-            self.set_result(result)
-
-    def cancel(self, msg: Any = None) -> bool:
-        """A task that waits for a future passes its own cancellation on to it, by this method."""
-        self.was_cancelled = True
-        if not self._hurry():
-            self._task.cancel()
-        return True
 
 
 @functools.cache

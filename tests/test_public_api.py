@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"types", "config"},
     {"episode"},
-    {"outputs", "answer", "portal", "folder"},
+    {"outputs", "answer", "portal", "folder", "wire"},
     {"calls", "workdir"},
     {"bridge"},
     {"execution", "install"},

@@ -34,7 +34,7 @@ class ForkedApp(IPKernelApp):
     """The guest's modules, set by the template: this one cannot import the others."""
 
     def _session_default(self) -> Any:
-        return self.parts["serving"].ForkedSession(parent=self)
+        return self.parts["channels"].ForkedSession(parent=self)
 
     def prepare(self, argv: list[str]) -> None:
         """Build the kernel and its shell."""
@@ -44,7 +44,7 @@ class ForkedApp(IPKernelApp):
         self.init_pdb()  # type: ignore[no-untyped-call]
         self.init_blackhole()  # type: ignore[no-untyped-call]
         self.configure_tornado_logger()  # type: ignore[no-untyped-call]
-        self.iopub_thread = self.parts["serving"].Publisher()
+        self.iopub_thread = self.parts["channels"].Publisher()
         self.iopub_socket = self.iopub_thread.background_socket
         streams, self.outstream_class = self.outstream_class, None
         self.init_io()  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ class ForkedApp(IPKernelApp):
         self._move_profile()
         self.init_signal()  # type: ignore[no-untyped-call]
         kernel = self.kernel
-        kernel.shell_stream = self.parts["serving"].ShellStream(self.shell_socket)
+        kernel.shell_stream = self.parts["channels"].ShellStream(self.shell_socket)
         kernel.control_stream = ZMQStream(self.control_socket, self.control_thread.io_loop)
         kernel.control_thread = self.control_thread
         kernel.stdin_socket = self.stdin_socket

@@ -302,7 +302,7 @@ class _Template:
         options = {
             "control": control.fileno(),
             "lifeline": lifeline.fileno(),
-            "modules": [*GUEST_MODULES, "serving", "app"],
+            "modules": [*GUEST_MODULES, "channels", "serving", "app"],
             "arguments": arguments,
             "preload": preload,
         }
