@@ -28,15 +28,25 @@ PARTS = 5  # of a message behind its delimiter: the signature, and four that are
 
 
 def sender(socket: Any) -> Callable[[list[Any]], None]:
-    """`socket.send_multipart`, whole or not at all: no signal handler of a cell's runs between two frames.
+    """`socket.send_multipart` that sends the rest, too, when a signal handler of a cell's raises in between.
 
-    The loop is `map`'s, and Python looks for signals between instructions of its own only.
+    The loop is `map`'s, so that Python itself runs no handler between two frames; but pyzmq does.
     """
     send = functools.partial(BackendSocket.send, socket)
 
     def send_multipart(frames: list[Any]) -> None:
         more = itertools.repeat(int(zmq.SNDMORE), len(frames) - 1)
-        deque(map(send, frames, itertools.chain(more, (0,))), 0)
+        sending, raised = map(send, frames, itertools.chain(more, (0,))), None
+        while True:
+            try:
+                deque(sending, 0)
+                break
+            except zmq.ZMQError:  # the socket is closed: nothing of it was sent
+                raise
+            except BaseException as error:  # noqa: BLE001 - of a handler
+                raised = raised or error
+        if raised is not None:
+            raise raised
 
     return send_multipart
 
@@ -49,10 +59,19 @@ class Publisher(IOPubThread):
 
     sends_at_once = True
 
+    @property
+    def at_work(self) -> frozenset[Any]:
+        """The code in which an interrupt would cost a message."""
+        return AT_WORK
+
     def __init__(self) -> None:
         self.background_socket = BackgroundSocket(self)  # type: ignore[no-untyped-call]
         self.socket, self._master_pid = None, os.getpid()
-        self._sending = threading.RLock()  # a signal handler of the cell's may print while its thread sends
+        self.lock = threading.RLock()
+        """Of the streams, too: with one each, a `__del__` that prints could wait for another for ever."""
+        self.after_send: Any = None
+        self._outgoing: deque[list[Any]] = deque()
+        self._is_sending = False
 
     def open(self, socket: Any, session: Any, thread: Any) -> None:
         """Publish on `socket`; subscriptions, and children's messages, are read in the loop of `thread`."""
@@ -72,16 +91,24 @@ class Publisher(IOPubThread):
         if os.getpid() != self._master_pid:
             self._really_send(msg)  # type: ignore[no-untyped-call]
             return
-        with self._sending:
-            if self.socket is None:
+        with self.lock:
+            self._outgoing.append(msg)
+            if self._is_sending:  # in a signal handler of the cell's, in the middle of a message
                 return
-            self._send(msg)
+            self._is_sending = True
+            try:
+                while self._outgoing and self.socket is not None:
+                    self._send(self._outgoing.popleft())
+            finally:
+                self._is_sending = False
             # Sending can swallow the edge that tells of a subscription.
-            if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if self.socket is not None and self.socket.get(zmq.EVENTS) & zmq.POLLIN:
                 self.schedule(self._take_subscriptions)
+        if self.after_send is not None:
+            self.after_send()
 
     def _take_subscriptions(self) -> None:
-        with self._sending:
+        with self.lock:
             while self.socket is not None and self.socket.get(zmq.EVENTS) & zmq.POLLIN:
                 self._handle_subscription(self.socket.recv_multipart(zmq.NOBLOCK))  # type: ignore[no-untyped-call]
 
@@ -99,12 +126,18 @@ class Publisher(IOPubThread):
         is_open.wait(LISTENING_SECONDS)
 
     def _after_fork(self) -> None:
-        self._sending = threading.RLock()  # another thread of the parent may have held it
+        self.lock = threading.RLock()  # another thread of the parent may have held it
+        self._outgoing.clear()
+        self._is_sending = False
 
     def stop(self) -> None:
         """Close what is not `socket`; the thread is its owner's, who has ended it before."""
         if hasattr(self, "_pipe_in"):
             self._pipe_in.socket.close()
+
+
+_SENDER = next(code for code in sender.__code__.co_consts if hasattr(code, "co_code"))
+AT_WORK = frozenset({Publisher.send_multipart.__code__, _SENDER})
 
 
 class ForkedSession(Session):
@@ -142,11 +175,11 @@ class ForkedSession(Session):
             buffers = buffers or message.get("buffers")
         else:
             message = self.msg(msg_or_type, content, parent, header, metadata)
+        views = [memoryview(buffer) for buffer in buffers or ()]
+        if not all(view.contiguous for view in views):  # found out later, it would be half a message
+            raise ValueError("a buffer is not contiguous")
         if stream is not None:
-            frames = self.serialize(message, ident)
-            if buffers:
-                frames += map(memoryview, buffers)
-            stream.send_multipart(frames)
+            stream.send_multipart([*self.serialize(message, ident), *views])
         return message
 
     def serialize(self, msg: dict[str, Any], ident: Any = None) -> list[Any]:
@@ -202,6 +235,8 @@ def _bytes(frame: Any) -> bytes:
 class ShellStream(ZMQStream):
     """The shell channel, whose replies go out at once: not by a queue, a poll and the loop."""
 
+    is_flushing = False
+
     def __init__(self, socket: Any) -> None:
         super().__init__(socket)
         self._send = sender(socket)
@@ -213,4 +248,11 @@ class ShellStream(ZMQStream):
             self.io_loop.add_callback(self._handle_events, self.socket, 0)
 
     def flush(self, flag: int = zmq.POLLIN | zmq.POLLOUT, limit: int | None = None) -> int:
-        return super().flush(flag, limit) if flag & zmq.POLLIN else 0
+        """Take in what is there; the callback sees to it by `is_flushing` that it is served later."""
+        if not flag & zmq.POLLIN:
+            return 0
+        was_flushing, self.is_flushing = self.is_flushing, True
+        try:
+            return super().flush(flag, limit)
+        finally:
+            self.is_flushing = was_flushing

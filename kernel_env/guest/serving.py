@@ -6,10 +6,13 @@ Runs in the template and in the kernels forked from it, on ipykernel 7 alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
+import inspect
 import linecache
 import os
+import signal
 import sys
 import threading
 import types
@@ -46,6 +49,8 @@ class ForkedKernel(IPythonKernel):
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._sources: dict[str, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        known = inspect.signature(self.shell.run_cell_async).parameters
+        self._cell_options = [name for name in ("cell_meta", "cell_id") if name in known]
         self.shell.compile.get_code_name = self._name_of_cell
         _look_before_tokenizing(self.shell.input_transformer_manager)
 
@@ -79,7 +84,7 @@ class ForkedKernel(IPythonKernel):
     def _serve(self, message: list[bytes]) -> None:
         """Serve a request, up to where it waits for something; only the rest becomes a task."""
         work = self.shell_main(None, message)
-        if self._is_serving:  # an error of a cell aborts what has come in
+        if self._is_serving or self.shell_stream.is_flushing:  # an error of a cell aborts what has come in
             self._go_on(work)
             return
         self._is_serving = True
@@ -99,12 +104,27 @@ class ForkedKernel(IPythonKernel):
         self._tasks.add(task)  # the loop itself holds none
         task.add_done_callback(self._tasks.discard)
 
+    def pre_handler_hook(self) -> None:
+        self.saved_sigint_handler = signal.signal(signal.SIGINT, _interrupt)
+
+    def _abort_queues(self, subshell_id: str | None = None) -> None:
+        self._aborting = True
+        self.shell_stream.flush()
+
+        async def stop() -> None:
+            await asyncio.sleep(self.stop_on_error_timeout)
+            async with self._main_asyncio_lock:  # behind all that wait for it now
+                self._aborting = False
+
+        self._go_on(stop())
+
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """As ipykernel's, which also pauses, for clients that stop reading at the reply."""
         try:
             content, metadata = parent["content"], self.init_metadata(parent)  # type: ignore[no-untyped-call]
             code, silent = content["code"], content.get("silent", False)
-            cell_id = parent["metadata"].get("cellId")
+            cell_meta = parent["metadata"]
+            cell_id = cell_meta.get("cellId")
         except (AttributeError, KeyError, TypeError):
             self.log.exception("an execute request without code: %s", parent)
             return
@@ -116,6 +136,7 @@ class ForkedKernel(IPythonKernel):
             content.get("store_history", not silent),
             content.get("user_expressions", {}),
             content.get("allow_stdin", False),
+            cell_meta=cell_meta,
             cell_id=cell_id,
         )
         for stream_of_cell in (sys.stdout, sys.stderr):
@@ -146,11 +167,13 @@ class ForkedKernel(IPythonKernel):
             transformed = shell.transform_cell(code)
         except Exception:  # noqa: BLE001 - of the input transformers; IPython shows it
             transformed, fault = code, sys.exc_info()
-        options = {"silent": silent, "store_history": store_history, "cell_id": cell_id}
+        given = {"cell_meta": cell_meta, "cell_id": cell_id}
+        options = {"silent": silent, "store_history": store_history}
         if "await" in transformed or "async" in transformed:
             return await super().do_execute(  # type: ignore[no-untyped-call]
-                code, user_expressions=user_expressions, allow_stdin=allow_stdin, **options
+                code, user_expressions=user_expressions, allow_stdin=allow_stdin, **options, **given
             )
+        options |= {name: given[name] for name in self._cell_options}
         self._forward_input(allow_stdin)  # type: ignore[no-untyped-call]
         result = None
         try:
@@ -160,7 +183,8 @@ class ForkedKernel(IPythonKernel):
             error = result.error_in_exec if result.error_before_exec is None else result.error_before_exec
         except BaseException as caught:  # noqa: BLE001 - an interrupt outside of the cell's own code
             error = caught
-            shell.showtraceback(running_compiled_code=True)
+            with contextlib.suppress(BaseException):
+                shell.showtraceback(running_compiled_code=True)
         finally:
             shell.events.trigger("post_execute")
             if not silent:
@@ -190,6 +214,14 @@ class ForkedKernel(IPythonKernel):
         reply["payload"] = shell.payload_manager.read_payload()
         shell.payload_manager.clear_payload()
         return reply
+
+
+def _interrupt(_: int, frame: Any) -> None:
+    """Like Python's own handler, but not in the middle of a print."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "postpones_interrupt") and stream.postpones_interrupt(frame):
+            return
+    raise KeyboardInterrupt
 
 
 def _look_before_tokenizing(manager: Any) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from time import monotonic as clock
 from typing import Any
 
 from ipykernel.iostream import OutStream
@@ -85,7 +86,8 @@ class CellStream(OutStream):
     """Those of `_allowances` with text that is not published yet."""
     _muted_thread: int | None
     _has_timer: bool
-    _is_interrupted = False
+    is_interrupted = False
+    """An interrupt waits for a stream of this process to have done its work."""
 
     def __init__(self, session: Any, pub_thread: Any, name: str) -> None:
         super().__init__(session, pub_thread, name, watchfd=False)  # type: ignore[no-untyped-call]
@@ -103,7 +105,12 @@ class CellStream(OutStream):
         self._muted_thread = None
         self._has_timer = False
         self._quiet_turns = 0
+        self._asked = 0.0
         self._is_sent_by_a_thread = not getattr(self.pub_thread, "sends_at_once", False)
+        self._at_work = _AT_WORK | getattr(self.pub_thread, "at_work", frozenset())
+        if not self._is_sent_by_a_thread:
+            self._buffer_lock = self.pub_thread.lock
+            self.pub_thread.after_send = self._after_send
         self._capture()
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -115,8 +122,9 @@ class CellStream(OutStream):
         """Take text of the cell that this thread or task belongs to."""
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string).__name__}")
+        size = len(string)
         if self._muted_thread is not None and self._muted_thread == threading.get_ident():
-            return len(string)
+            return size
         # Most prints do no more than this, without a lock: it is half of what they cost.
         try:
             if self._readable.poll(0) or self._is_pumping:  # in this order
@@ -124,12 +132,12 @@ class CellStream(OutStream):
         except RuntimeError:  # another thread looks
             self.pump()
         self._written.append((self._parent_header.get(None) or self._parent_header_global, string))
-        self._room -= len(string) + ENTRY
+        self._room -= size + ENTRY
         if self._room < 0 or not self._has_timer:
             self._sort()
-        if self._is_interrupted:
+        if CellStream.is_interrupted:
             self._deliver_interrupt()
-        return len(string)
+        return size
 
     def _sort(self) -> None:
         """Give what was written to the cells that wrote it."""
@@ -137,64 +145,80 @@ class CellStream(OutStream):
             return
         with self._buffer_lock:
             self._room = ROOM
-            of: Any = None
-            texts: list[str] = []
-            while self._written:
-                header, string = self._written.popleft()
-                if header is not of:
-                    self._put(of, "".join(texts))
-                    of, texts = header, []
-                texts.append(string)
-            self._put(of, "".join(texts))
+            entries: list[tuple[Any, str]] = []
+            try:
+                while self._written:
+                    entry = self._written[0]
+                    if entries and entry[0] is not entries[0][0]:
+                        entries = self._put(entries)
+                    entries.append(entry)
+                    self._written.popleft()
+                entries = self._put(entries)
+            except BaseException:  # a signal handler of the cell's: nothing may go with it
+                if entries and self._written and self._written[0] is entries[-1]:
+                    entries.pop()
+                self._written.extendleft(reversed(entries))
+                raise
 
-    def writelines(self, sequence: Any) -> None:
-        for string in sequence:
-            self.write(string)
-
-    def _put(self, header: Any, text: str) -> None:
-        """Under the lock."""
-        if not text:
-            return
+    def _put(self, entries: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+        """Under the lock: add what one cell wrote; the entries that are left to add, none."""
+        if not entries:
+            return entries
+        header = entries[0][0]
         identifier = header.get("msg_id", "")
         allowance = self._allowances.get(identifier) or self._pending.get(identifier)
         if allowance is None:
             allowance = Allowance(header, self._allowance_size)
             if self._allowance_size is not None:
                 self._allowances[identifier] = allowance
-        text = allowance.take(text)
-        if not text:
-            return
-        allowance.pending.append(text)
-        self._pending[identifier] = allowance
-        if not self._has_timer:
-            self._has_timer = True
+        self._ask_for_timer()
+        text = "".join([string for _, string in entries])
+        if text:
+            self._pending[identifier] = allowance
+        size = len(text)
+        if size <= allowance.head_left:
+            # Without a call, and so without a handler, from here to the end.
+            allowance.head_left -= size
+            allowance.pending += [text]
+            return []
+        allowance.pending.append(allowance.take(text))
+        return []
+
+    def _ask_for_timer(self) -> None:
+        # Asked for again, for the loop does not tell when it could not take the call (RecursionError).
+        if not self._has_timer and clock() - self._asked > self.flush_interval:
+            self._asked = clock()
             self.pub_thread.schedule(self._wait)
 
     def _wait(self) -> None:
-        self.pub_thread.io_loop.call_later(self.flush_interval, self._flush_in_time)
+        if not self._has_timer:
+            self._has_timer = True
+            self.pub_thread.io_loop.call_later(self.flush_interval, self._flush_in_time)
 
     def _flush_in_time(self) -> None:
         """In the publishing loop, again and again while cells write: to start a timer wakes a thread."""
+        self._has_timer = False
         with self._buffer_lock:
             self._sort()
             self._quiet_turns = 0 if self._pending else self._quiet_turns + 1
             if self._pending:
                 self._flush()
-            self._has_timer = self._quiet_turns < QUIET_TURNS
-            if self._has_timer:
+            if self._quiet_turns < QUIET_TURNS or self._written:
                 self._wait()
-            elif self._written:  # by a thread that has just seen the timer
-                self._sort()
+            else:
+                self._asked = 0.0
 
     def flush(self) -> None:
         """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
         self.pump()
         with self._buffer_lock:
-            if not self._pending:
-                return
-            self._flush()
-        if self._is_interrupted:
+            has_text = bool(self._pending)
+            if has_text:
+                self._flush()
+        if CellStream.is_interrupted:
             self._deliver_interrupt()
+        if not has_text:
+            return
         if self._is_sent_by_a_thread and threading.current_thread() is not self.pub_thread.thread:
             sent = threading.Event()
             self.pub_thread.schedule(sent.set)
@@ -216,12 +240,12 @@ class CellStream(OutStream):
     def end_cell(self) -> None:
         """Publish all that the cells wrote so far, what was held back included."""
         self._release(is_end=True)
-        self._is_interrupted = False
+        CellStream.is_interrupted = False
 
     def before_display(self) -> None:
         """The same for what a display or a result is to come after, as long as that happens rarely."""
         self._release(is_end=False)
-        if self._is_interrupted:
+        if CellStream.is_interrupted:
             self._deliver_interrupt()
 
     def _release(self, *, is_end: bool) -> None:
@@ -250,14 +274,19 @@ class CellStream(OutStream):
     def postpones_interrupt(self, frame: Any) -> bool:
         """Whether an interrupt found its thread at work in here, where it would cost text; it comes again."""
         while frame is not None and frame.f_code is not _DELIVERY:
-            if frame.f_code in _AT_WORK:
-                self._is_interrupted = True
+            if frame.f_code in self._at_work:
+                CellStream.is_interrupted = True
                 return True
             frame = frame.f_back
         return False
 
+    def _after_send(self) -> None:
+        """A message is out; within a stream's own work its end is still to come."""
+        if CellStream.is_interrupted and not self._buffer_lock._is_owned():  # type: ignore[attr-defined]
+            self._deliver_interrupt()
+
     def _deliver_interrupt(self) -> None:
-        self._is_interrupted = False
+        CellStream.is_interrupted = False
         signal.raise_signal(signal.SIGINT)
 
     def mute(self, muted: bool) -> None:
@@ -318,7 +347,7 @@ class CellStream(OutStream):
                 except BlockingIOError:
                     break
                 self._sort()
-                self._put(self._parent_header_global, self._decoder.decode(data))
+                self._put([(self._parent_header_global, self._decoder.decode(data))])
             self._sort()
             self._is_pumping = False
 
@@ -333,7 +362,8 @@ class CellStream(OutStream):
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held the lock; and what it has not sent yet is the parent's.
-        self._buffer_lock = threading.RLock()
+        self._buffer_lock = getattr(self.pub_thread, "lock", None) or threading.RLock()
+        vars(self).pop("write", None)  # IPython's, for its record of what was printed
         self._pending = {}
         self._written.clear()
         self._is_pumping = False
