@@ -24,6 +24,7 @@ RELEASES = 4  # of held text before a display; from then on it waits for the end
 READ = 2**16  # what a pipe holds
 ROOM = 2**18  # bytes that writes may take before they are sorted
 ENTRY = 100  # of them for each beside its text
+ASK_AGAIN_SECONDS = 0.001
 QUIET_TURNS = 5  # of the flush interval: then the timer rests until something is written again
 
 
@@ -186,7 +187,7 @@ class CellStream(OutStream):
 
     def _ask_for_timer(self) -> None:
         # Asked for again, for the loop does not tell when it could not take the call (RecursionError).
-        if not self._has_timer and clock() - self._asked > self.flush_interval:
+        if not self._has_timer and clock() - self._asked > ASK_AGAIN_SECONDS:
             self._asked = clock()
             self.pub_thread.schedule(self._wait)
 
@@ -205,8 +206,6 @@ class CellStream(OutStream):
                 self._flush()
             if self._quiet_turns < QUIET_TURNS or self._written:
                 self._wait()
-            else:
-                self._asked = 0.0
 
     def flush(self) -> None:
         """Publish what was written so far, also to the file descriptor; costs nothing if nothing was."""
@@ -240,6 +239,7 @@ class CellStream(OutStream):
     def end_cell(self) -> None:
         """Publish all that the cells wrote so far, what was held back included."""
         self._release(is_end=True)
+        self._asked = 0.0
         CellStream.is_interrupted = False
 
     def before_display(self) -> None:
