@@ -43,24 +43,26 @@ def test_a_handler_that_raises_costs_no_line(start: StartEnv) -> None:
     code = """
         import signal, sys, time
         class Alarm(Exception): pass
-        def ring(*_): raise Alarm
+        def ring(*_):
+            global armed
+            if armed:
+                armed = False
+                raise Alarm
         signal.signal(signal.SIGALRM, ring)
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0011)
         lines, hits, n = [], 0, 0
         while n < 60_000 or hits < 20:
             try:
+                armed = True
                 while n < 60_000 or hits < 20:
                     n += 1
                     sys.stdout.write(f'{n}\\n')
                     lines.append(n)
+                armed = False
             except Alarm:
                 hits += 1
-        while True:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                break
-            except Alarm:
-                pass
+        _ = signal.setitimer(signal.ITIMER_REAL, 0)
         """
     observation = env.execute(textwrap.dedent(code)).observation
     assert observation.status == "ok"
