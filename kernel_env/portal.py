@@ -113,7 +113,9 @@ class Outcome(asyncio.Future[T]):
         super().__init__()
         self.was_cancelled = False
         self._hurry = hurry
+        self._work = work
         self._task = asyncio.ensure_future(self._settle(work))
+        self._task.add_done_callback(self._end)
 
     async def _settle(self, work: Coroutine[Any, Any, T]) -> None:
         try:
@@ -124,6 +126,11 @@ class Outcome(asyncio.Future[T]):
             self.set_exception(error)
         else:
             self.set_result(result)
+
+    def _end(self, _: asyncio.Task[None]) -> None:
+        if not self.done():  # it was cancelled before it began
+            self._work.close()
+            super().cancel()
 
     def cancel(self, msg: Any = None) -> bool:
         """A task that waits for a future passes its own cancellation on to it, by this method."""
