@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
+import subprocess
+import sys
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -70,18 +70,25 @@ def test_sync_and_async_calls_do_not_mix() -> None:
     env.close()
 
 
-def test_an_environment_can_be_closed_after_its_loop_has_ended() -> None:
-    env = REPLEnvironment()
-    asyncio.run(env.reset_async())
-    with warnings.catch_warnings():
-        # asyncio itself warns of the sockets of a loop that was closed under them.
-        warnings.simplefilter("ignore", ResourceWarning)
-        env.close()
-        gc.collect()
-    assert env.episode.done_reason == "closed"
-    env.reset()
-    assert env.step(CELL).status == "ok"
-    env.close()
+CLOSED_LATE = """
+import asyncio
+from kernel_env import REPLAction, REPLEnvironment
+env = REPLEnvironment()
+asyncio.run(env.reset_async())
+env.close()
+assert env.episode.done_reason == "closed"
+env.reset()
+assert env.step(REPLAction(code="x = 1")).status == "ok"
+env.close()
+"""
+
+
+def test_an_environment_can_be_closed_after_its_loop_has_ended(temporary_folder: Path) -> None:
+    # In a process of its own: asyncio warns of the sockets of a loop that was closed under them, whenever
+    # they are collected.
+    command = [sys.executable, "-W", "ignore::ResourceWarning", "-c", CLOSED_LATE]
+    subprocess.run(command, check=True, timeout=60, env=os.environ | {"TMPDIR": str(temporary_folder)})
+    assert not list(temporary_folder.glob("ke-*"))
 
 
 def test_a_cancelled_step_is_recorded_and_leaves_the_episode_usable() -> None:
