@@ -38,9 +38,10 @@ _RUN_SEND_TEXT = (
 class Kernel:
     """A ready kernel with the helpers in its namespace; make one with `await Kernel.start(setup)`."""
 
-    def __init__(self, setup: KernelSetup) -> None:
+    def __init__(self, setup: KernelSetup, folder: KernelFolder) -> None:
+        self.folder = folder
+        """The folder with the working directory, which outlives the kernels that are lost."""
         self._setup = setup
-        self._folder: KernelFolder | None = None
         self._running: Running | None = None
         self._late = Outputs(setup.limits.cell_output)
         self._is_subscribed = asyncio.Event()
@@ -60,7 +61,8 @@ class Kernel:
             ConfigError: there is no such kernelspec.
             KernelStartError: no kernel became ready; nothing is left of it.
         """
-        kernel = cls(setup)
+        await run_in_thread(sweep)
+        kernel = cls(setup, KernelFolder.make())
         await kernel._start()
         return kernel
 
@@ -77,11 +79,7 @@ class Kernel:
         await self._become_ready(self._install(has_guest=True))
 
     async def _start(self) -> None:
-        setup = self._setup
-        if self._folder is None:
-            await run_in_thread(sweep)
-            self._folder = KernelFolder.make()
-        folder = self._folder
+        setup, folder = self._setup, self.folder
         self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, setup.limits)
         self._is_subscribed.clear()
         self._others.clear()
@@ -98,10 +96,7 @@ class Kernel:
                 )
         except BaseException as error:
             self._bridge.close()
-            if self._restarts:
-                folder.renew()
-            else:
-                folder.remove()
+            (folder.renew if self._is_a_successor else folder.remove)()
             if isinstance(error, TimeoutError):
                 raise self._late_start() from error
             raise
@@ -117,7 +112,7 @@ class Kernel:
                 report = await work
         except BaseException as error:
             tail = self._process.stderr_tail
-            await self._end(keeps_work=self._restarts > 0)
+            await self._end(keeps_work=self._is_a_successor)
             if isinstance(error, TimeoutError):
                 raise self._late_start(tail) from error
             raise
@@ -264,8 +259,8 @@ class Kernel:
     async def close(self) -> None:
         """End the kernel; nothing of it is left."""
         await self._end()
-        if self._folder is not None and self._folder.is_held:  # kept for the next kernel, and there was none
-            await run_in_thread(self._folder.remove, is_deserted=True)
+        if self.folder.is_held:  # kept for the next kernel, and there was none
+            await run_in_thread(self.folder.remove, is_deserted=True)
         self._tell_closed()
 
     async def _end(self, *, keeps_work: bool = False) -> None:
@@ -278,10 +273,9 @@ class Kernel:
         self._tell_closed()
 
     @property
-    def folder(self) -> KernelFolder:
-        """The folder with the working directory, which outlives the kernels that are lost."""
-        assert self._folder is not None  # since the start
-        return self._folder
+    def _is_a_successor(self) -> bool:
+        """Whether it was started in place of a kernel that was lost, whose working directory it has."""
+        return self._restarts > 0
 
     def _tell_closed(self) -> None:
         while self.on_closed:

@@ -12,7 +12,6 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -27,16 +26,18 @@ LISTENING_SECONDS = 2  # a cell may have stopped the thread
 PARTS = 5  # of a message behind its delimiter: the signature, and four that are signed
 
 
-def sender(socket: Any) -> Callable[[list[Any]], None]:
+class Sender:
     """`socket.send_multipart` that sends the rest, too, when a signal handler of a cell's raises in between.
 
     The loop is `map`'s, so that Python itself runs no handler between two frames; but pyzmq does.
     """
-    send = functools.partial(BackendSocket.send, socket)
 
-    def send_multipart(frames: list[Any]) -> None:
+    def __init__(self, socket: Any) -> None:
+        self._send = functools.partial(BackendSocket.send, socket)
+
+    def __call__(self, frames: list[Any]) -> None:
         more = itertools.repeat(int(zmq.SNDMORE), len(frames) - 1)
-        sending, raised = map(send, frames, itertools.chain(more, (0,))), None
+        sending, raised = map(self._send, frames, itertools.chain(more, (0,))), None
         while True:
             try:
                 deque(sending, 0)
@@ -48,8 +49,6 @@ def sender(socket: Any) -> Callable[[list[Any]], None]:
         if raised is not None:
             raise raised
 
-    return send_multipart
-
 
 class Publisher(IOPubThread):
     """ipykernel's IOPub thread without a thread: who publishes sends, one after another.
@@ -58,11 +57,8 @@ class Publisher(IOPubThread):
     """
 
     sends_at_once = True
-
-    @property
-    def at_work(self) -> frozenset[Any]:
-        """The code in which an interrupt would cost a message."""
-        return AT_WORK
+    at_work: frozenset[Any]
+    """The code in which an interrupt would cost a message."""
 
     def __init__(self) -> None:
         self.background_socket = BackgroundSocket(self)  # type: ignore[no-untyped-call]
@@ -77,7 +73,7 @@ class Publisher(IOPubThread):
         """Publish on `socket`; subscriptions, and children's messages, are read in the loop of `thread`."""
         self.socket, self.session, self.thread, self.io_loop = socket, session, thread, thread.io_loop
         self._stopped, self._pipe_flag, self._master_pid = False, False, os.getpid()
-        self._send = sender(socket)
+        self._send = Sender(socket)
         self.io_loop.add_handler(socket.get(zmq.FD), lambda *_: self._take_subscriptions(), self.io_loop.READ)
         self.io_loop.add_callback(self._take_subscriptions)
         os.register_at_fork(before=self._listen_to_children, after_in_child=self._after_fork)
@@ -92,6 +88,8 @@ class Publisher(IOPubThread):
             self._really_send(msg)  # type: ignore[no-untyped-call]
             return
         with self.lock:
+            if self.socket is None:
+                return
             self._outgoing.append(msg)
             if self._is_sending:  # in a signal handler of the cell's, in the middle of a message
                 return
@@ -136,8 +134,7 @@ class Publisher(IOPubThread):
             self._pipe_in.socket.close()
 
 
-_SENDER = next(code for code in sender.__code__.co_consts if hasattr(code, "co_code"))
-AT_WORK = frozenset({Publisher.send_multipart.__code__, _SENDER})
+Publisher.at_work = frozenset({Publisher.send_multipart.__code__, Sender.__call__.__code__})
 
 
 class ForkedSession(Session):
@@ -239,7 +236,7 @@ class ShellStream(ZMQStream):
 
     def __init__(self, socket: Any) -> None:
         super().__init__(socket)
-        self._send = sender(socket)
+        self._send = Sender(socket)
 
     def send_multipart(self, msg: list[Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
         self._send(msg)

@@ -355,7 +355,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         the_guard = guard.Guard(shell, (sys.stdout, sys.stderr))
         # At the default of 1,000 messages zmq drops output, `idle` included, while the host's reader is slow.
         iopub = kernel.iopub_thread
-        iopub.schedule(functools.partial(iopub.socket.set, zmq.SNDHWM, 0))
+        if not hasattr(iopub, "sends_at_once"):  # a forked kernel's has no limit from the start
+            iopub.schedule(functools.partial(iopub.socket.set, zmq.SNDHWM, 0))
     else:
         the_guard = _guest.guard
     for stream in the_guard.streams:

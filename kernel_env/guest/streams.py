@@ -339,17 +339,22 @@ class CellStream(OutStream):
             # Who writes while this is set waits for the lock, also if the pipe is empty by then: so all that
             # is in `_written` after the read came before what was read.
             self._is_pumping = True
-            for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
-                if not self._has_more():  # cheaper than an error
-                    break
-                try:
-                    data = os.read(self._fid, READ)
-                except BlockingIOError:
-                    break
+            try:
+                self._read()
                 self._sort()
-                self._put([(self._parent_header_global, self._decoder.decode(data))])
+            finally:
+                self._is_pumping = False
+
+    def _read(self) -> None:
+        for _ in range(2):  # a pipe holds one; somebody who writes on and on must not keep us
+            if not self._has_more():  # cheaper than an error
+                return
+            try:
+                data = os.read(self._fid, READ)
+            except BlockingIOError:
+                return
             self._sort()
-            self._is_pumping = False
+            self._put([(self._parent_header_global, self._decoder.decode(data))])
 
     def restore_fd(self) -> bool:
         """Open the captured descriptor again if a cell closed it; one that was redirected stays so."""
