@@ -146,10 +146,9 @@ try:
 except MemoryError: pass
 """
     observation = env.execute(code, timeout_s=20).observation
-    if (
-        not observation.restarted
-    ):  # what the cell left is enough to go on, or the next step finds that it is not
-        observation = env.execute("1 + 1").observation
+    if not observation.restarted:
+        # What the cell left is enough to go on, or the next step finds that it is not; it may have to wait.
+        observation = env.execute("1 + 1", timeout_s=20).observation
         assert observation.result.stdout == "2\n" or observation.restarted
     assert env.execute("print('on')").observation.result.stdout == "on\n"
 
