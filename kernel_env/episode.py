@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kernel_env.errors import ConfigError
-from kernel_env.types import DoneReason, REPLAction, REPLObservation
+from kernel_env.types import DoneReason, Isolation, REPLAction, REPLObservation
 
 __all__ = ["Context", "Episode", "HelperCall", "Turn"]
 
@@ -60,7 +60,7 @@ class Episode(BaseModel):
     kernel_name: str
     max_iterations: int
     seed: int | None = None
-    isolation: str = "process"
+    isolation: Isolation = "process"
     limits: dict[str, float | None] = Field(default_factory=dict)
     """The `Limits` in force; None where there is no bound."""
     versions: dict[str, str] = Field(default_factory=dict)

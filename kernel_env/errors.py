@@ -6,6 +6,7 @@
     │  ├─ EpisodeOver        step after the episode ended
     │  ├─ ArtifactError      no such file in the working directory
     │  └─ ConfigError        an argument cannot be used                   (a ValueError)
+    │     └─ SandboxUnavailable   kernels cannot be confined on this system
     ├─ KernelError           the kernel failed, not the code in it
     │  ├─ KernelStartError   no kernel became ready
     │  └─ KernelDied         the kernel is gone and no other took over
@@ -34,6 +35,7 @@ __all__ = [
     "LimitExceeded",
     "ResetRequired",
     "RubricError",
+    "SandboxUnavailable",
     "UsageError",
     "boundary",
 ]
@@ -61,6 +63,10 @@ class ArtifactError(UsageError):
 
 class ConfigError(UsageError, ValueError):
     """Raised when an argument has a value that cannot be used, naming the value."""
+
+
+class SandboxUnavailable(ConfigError):
+    """Raised when a sandbox is asked for where there can be none; says what is missing."""
 
 
 class KernelError(KernelEnvError):

@@ -19,19 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel_env.errors import KernelStartError
+from kernel_env.errors import KernelStartError, SandboxUnavailable
+from kernel_env.isolation import is_own_user
 
-__all__ = ["TEMPLATE_PREFIX", "KernelFolder", "sweep"]
+__all__ = ["TEMPLATE_PREFIX", "WRITABLE", "KernelFolder", "give_to_owner", "sweep"]
 
 log = logging.getLogger("kernel_env.folder")
 
 _PREFIX = "ke-"
 TEMPLATE_PREFIX = "kt-"
 """Of the folder of a process that kernels are forked from."""
-# The longest socket name under a folder is "/k-5"; a Unix socket's path has at most 107 bytes.
-_LONGEST = 107 - len("/k-5")
+# The longest socket name under a folder is "/run/k-5"; a Unix socket's path has at most 107 bytes.
+_LONGEST = 107 - len("/run/k-5")
 _UNFINISHED = (f"new-{_PREFIX}", f"new-{TEMPLATE_PREFIX}")
 _SWEPT = (_PREFIX, TEMPLATE_PREFIX, *_UNFINISHED)
+WRITABLE = ("work", "home", "tmp", "run")
+"""Folders in it that a kernel writes to; the rest of it is the host's."""
 _MAKING_SECONDS = 60
 _ROUNDS = 20
 
@@ -60,15 +63,17 @@ class KernelFolder:
         return self.path / "work"
 
     @classmethod
-    def make(cls, prefix: str = _PREFIX) -> KernelFolder:
-        """Make a folder with a path short enough for the kernel's sockets.
+    def make(
+        cls, prefix: str = _PREFIX, *, owner: int | None = None, parent: str | None = None
+    ) -> KernelFolder:
+        """Make a folder with a path short enough for the kernel's sockets, for the user with the id `owner`.
 
         Raises:
             KernelStartError: there is no room, or no right, to make one.
         """
-        parent = _parent()
+        parent = parent or _parent()
         try:
-            return cls._make(parent, prefix)
+            return cls._make(parent, prefix, owner)
         except OSError as error:
             raise KernelStartError(
                 f"no folder for a kernel could be made in {parent}: {error.strerror or error}; "
@@ -76,13 +81,15 @@ class KernelFolder:
             ) from error
 
     @classmethod
-    def _make(cls, parent: str, prefix: str) -> KernelFolder:
+    def _make(cls, parent: str, prefix: str, owner: int | None) -> KernelFolder:
         made = Path(tempfile.mkdtemp(prefix="new-" + prefix, dir=parent))
         lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # Held before it has the name that others sweep. A lock on the folder itself ends with its
             # holder, however that ends, and holds between containers, where a process id says nothing.
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if owner is not None:
+                _give(made, owner)
             _furnish(made)
             folder = cls(made.rename(made.with_name(made.name.removeprefix("new-"))), lock)
             _held_here[folder] = os.getpid()
@@ -125,13 +132,20 @@ class KernelFolder:
         os.close(self._lock)
 
     def renew(self, *, is_deserted: bool = False) -> None:
-        """The same, but keep the working directory, and furnish the folder for the next kernel."""
+        """The same, but keep the working directory, and furnish the folder for the next kernel.
+
+        Raises:
+            KernelStartError: something is left of what the kernel made there; it could lead elsewhere.
+        """
         if not is_deserted:
             _evict(self.path)
         for entry in list(os.scandir(self.path)):
             if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
                 _remove(Path(entry.path))
-        _furnish(self.path)
+        try:
+            _furnish(self.path)
+        except OSError as error:
+            raise KernelStartError(f"{self.path} could not be made fresh: {error}") from error
         self.work.chmod(stat.S_IRWXU)
 
 
@@ -143,11 +157,34 @@ def _remove_what_is_left() -> None:
 
 
 def _furnish(folder: Path) -> None:
-    for name in ("work", "home", "tmp", "guest"):
-        (folder / name).mkdir(exist_ok=True)
-    profile = folder / "ipython" / "profile_default"
-    profile.mkdir(parents=True)
-    (profile / "ipython_kernel_config.json").write_text(json.dumps(_IPYTHON_CONFIG))
+    profile = folder / "home" / ".ipython" / "profile_default"
+    made = [folder / name for name in (*WRITABLE, "guest") if name != "work"]
+    for path in (*made, profile.parent, profile):
+        path.mkdir()  # what is there already may be a link of a kernel's, to somewhere else
+    if not (folder / "work").is_dir():
+        (folder / "work").mkdir()
+        made.append(folder / "work")
+    config = profile / "ipython_kernel_config.json"
+    with open(config, "x", encoding="utf-8") as file:
+        json.dump(_IPYTHON_CONFIG, file)
+    give_to_owner(folder, *made, profile.parent, profile, config)
+
+
+def _give(folder: Path, owner: int) -> None:
+    try:
+        os.chown(folder, owner, owner)
+    except OSError as error:
+        raise SandboxUnavailable(
+            f"user: {folder.parent} does not let folders be given to kernels' users: {error.strerror}"
+        ) from error
+
+
+def give_to_owner(folder: Path, *paths: Path) -> None:
+    """Make what this process made in `folder` the property of the folder's owner, if that is another."""
+    owner = os.stat(folder)
+    if owner.st_uid != os.geteuid():
+        for path in paths:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _parent() -> str:
@@ -163,7 +200,7 @@ def sweep() -> None:
             found = [entry.path for entry in entries if entry.name.startswith(_SWEPT)]
         for path in found:
             with contextlib.suppress(OSError), _held(path):
-                if os.stat(path).st_uid == os.getuid() and _is_abandoned(path):
+                if is_own_user(os.stat(path).st_uid) and _is_abandoned(path):
                     log.warning("removing %s, left by a process that was killed", path)
                     _clear(Path(path))
 
@@ -229,10 +266,10 @@ def _remove(folder: Path) -> None:
             folder.unlink()
         else:
             shutil.rmtree(folder, onerror=make_removable)
-    except RecursionError:  # folders in folders in folders: these two go down any number
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)
     except FileNotFoundError:
         return  # somebody removed it with what is around it
-    except OSError as error:
-        log.warning("the kernel's folder %s could not be removed: %s", folder, error)
+    except (OSError, RecursionError) as error:  # too deep, too long a path, too few descriptors
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):  # these two go down any number of folders
+            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)
+        if os.path.lexists(folder):
+            log.warning("the kernel's folder %s could not be removed: %s", folder, error)

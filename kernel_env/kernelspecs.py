@@ -10,6 +10,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKerne
 
 from kernel_env.errors import ConfigError
 from kernel_env.provisioners import fork
+from kernel_env.types import Isolation
 
 __all__ = ["LOCAL", "command_of", "find_kernelspec", "is_forked_kind", "with_provisioner"]
 
@@ -42,7 +43,9 @@ def find_kernelspec(name: str) -> KernelSpec:
     return spec
 
 
-def with_provisioner(spec: KernelSpec, preload: Sequence[str]) -> tuple[KernelSpec, str]:
+def with_provisioner(
+    spec: KernelSpec, preload: Sequence[str], isolation: Isolation = "process"
+) -> tuple[KernelSpec, str]:
     """The kernelspec with the provisioner that starts it, and why it is that one.
 
     Raises:
@@ -55,7 +58,7 @@ def with_provisioner(spec: KernelSpec, preload: Sequence[str]) -> tuple[KernelSp
     chosen = asked or (LOCAL if reason else fork.NAME)
     config = dict(spec.metadata.get("kernel_provisioner", {}).get("config", {}))
     if chosen == fork.NAME:
-        config["preload"] = [*config.get("preload", []), *preload]
+        config |= {"preload": [*config.get("preload", []), *preload], "isolation": isolation}
     spec.metadata = spec.metadata | {"kernel_provisioner": {"provisioner_name": chosen, "config": config}}
     return spec, reason or "it is ipykernel in this Python"
 

@@ -11,16 +11,20 @@ import asyncio
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from kernel_env.config import from_env
-from kernel_env.errors import KernelEnvError, KernelStartError
+from kernel_env.errors import KernelEnvError, KernelStartError, SandboxUnavailable
 from kernel_env.install import KernelSetup
+from kernel_env.isolation import Support
 from kernel_env.kernel import Kernel
 from kernel_env.kernelspecs import is_forked_kind
+from kernel_env.types import Isolation
 
 __all__ = ["KernelPool", "start_kernel"]
 
@@ -29,18 +33,55 @@ log = logging.getLogger("kernel_env.pool")
 _PAUSE = 0.03  # seconds after a hand-out, for the episode's own first steps
 _PATIENCE = 10.0  # seconds after which a start that waits for its turn says so
 
-_Kind = tuple[str, tuple[str, ...]]
+_Kind = tuple[str, tuple[str, ...], Isolation]
 
 
-async def start_kernel(setup: KernelSetup) -> Kernel:
+async def start_kernel(setup: KernelSetup, isolation: str) -> Kernel:
     """A kernel for an episode: a ready one, or a fresh one; it waits while there are as many as there may be.
 
+    `isolation` "auto" is the strongest that can be had here.
+
     Raises:
+        SandboxUnavailable: a sandbox is asked for, and cannot be had.
         ConfigError, KernelStartError: as `Kernel.start`.
     """
-    pool = _pools.get(asyncio.get_running_loop(), {}).get((setup.kernel_name, setup.preload))
+    if isolation == "process":
+        return await _start_kernel(setup)
+    is_forked, support = is_forked_kind(setup.kernel_name), _support_of(setup.kernel_name)
+    if isolation == "auto" and (not is_forked or support.refusal is not None):
+        return await _start_kernel(setup)
+    if not is_forked:
+        raise SandboxUnavailable(
+            f"isolation='sandbox' cannot be had: kernels of {setup.kernel_name!r} are started, not forked, "
+            "and only forked ones are confined"
+        )
+    try:
+        kernel = await _start_kernel(replace(setup, isolation="sandbox"))
+    except SandboxUnavailable as error:
+        if support.is_proven:  # it is that start that failed
+            raise KernelStartError(f"a kernel could not be confined: {error}") from error
+        explained = support.explain(error)
+        if isolation == "sandbox":
+            raise explained from None
+        log.warning("kernels are not confined: %s", explained)
+        return await _start_kernel(setup)
+    support.is_proven = True
+    return kernel
+
+
+_support: dict[tuple[str, str], Support] = {}
+
+
+def _support_of(kernel_name: str) -> Support:
+    """Of kernels of this name whose folders are where they would be now."""
+    return _support.setdefault((kernel_name, tempfile.gettempdir()), Support())
+
+
+async def _start_kernel(setup: KernelSetup) -> Kernel:
+    kind = setup.kernel_name, setup.preload, setup.isolation
+    pool = _pools.get(asyncio.get_running_loop(), {}).get(kind)
     if pool is None and is_forked_kind(setup.kernel_name):
-        pool = KernelPool.of_loop(setup.kernel_name, setup.preload)
+        pool = KernelPool.of_loop(*kind)
     if pool is not None:
         return await pool.start(setup)
     await _slots.take()
@@ -60,9 +101,10 @@ async def _started(setup: KernelSetup) -> Kernel:
 class KernelPool:
     """The ready kernels of one kind on one event loop."""
 
-    def __init__(self, kernel_name: str, preload: tuple[str, ...], most_spares: int) -> None:
-        self._kernel_name = kernel_name
-        self._preload = preload
+    def __init__(
+        self, kernel_name: str, preload: tuple[str, ...], isolation: Isolation, most_spares: int
+    ) -> None:
+        self._blank = KernelSetup.blank(kernel_name, preload, isolation)
         self._most_spares = most_spares
         self._loop = asyncio.get_running_loop()
         self._spares: deque[Kernel] = deque()
@@ -74,12 +116,14 @@ class KernelPool:
         self._is_closed = False
 
     @classmethod
-    def of_loop(cls, kernel_name: str, preload: tuple[str, ...]) -> KernelPool:
+    def of_loop(
+        cls, kernel_name: str, preload: tuple[str, ...], isolation: Isolation = "process"
+    ) -> KernelPool:
         """The pool of this kind on the running loop; it ends with the loop."""
-        loop, kind = asyncio.get_running_loop(), (kernel_name, preload)
+        loop, kind = asyncio.get_running_loop(), (kernel_name, preload, isolation)
         pools = _pools.setdefault(loop, {})
         if kind not in pools:
-            pools[kind] = cls(kernel_name, preload, from_env().spare_kernels)
+            pools[kind] = cls(*kind, from_env().spare_kernels)
             if len(pools) == 1:
                 loop.create_task(_end_with_loop(loop)).add_done_callback(asyncio.Task.result)
         return pools[kind]
@@ -154,9 +198,8 @@ class KernelPool:
                 return
 
     async def _make_spare(self) -> Kernel | None:
-        blank = KernelSetup.blank(self._kernel_name, self._preload)
         try:
-            kernel = await _started(blank)
+            kernel = await _started(self._blank)
         except KernelEnvError as error:
             log.warning("no kernel could be made ready: %s", error)
             return None

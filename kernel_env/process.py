@@ -22,10 +22,11 @@ from jupyter_client.provisioning.factory import KernelProvisionerFactory
 
 from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
-from kernel_env.folder import KernelFolder
+from kernel_env.folder import KernelFolder, give_to_owner
 from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
 from kernel_env.portal import run_in_thread
-from kernel_env.provisioners import fork
+from kernel_env.provisioners import templates
+from kernel_env.types import Isolation
 from kernel_env.wire import Wire
 
 __all__ = ["KernelProcess", "check_platform"]
@@ -72,19 +73,21 @@ class KernelProcess:
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
-        self._popen: subprocess.Popen[bytes] | fork.ForkedProcess = provisioner.process
+        self._popen: subprocess.Popen[bytes] | templates.ForkedProcess = provisioner.process
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
         self.received = 0
         """Messages that came in, broken ones included."""
+        self.bytes_out = 0
+        """Bytes of the messages that it published."""
         self.broken = 0
         """Messages that were none, or too large to be read."""
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
         self._pidfd = (
             os.dup(self._popen.pidfd)
-            if isinstance(self._popen, fork.ForkedProcess)
+            if isinstance(self._popen, templates.ForkedProcess)
             else os.pidfd_open(self.pid)
         )
         self._sockets = {
@@ -108,6 +111,7 @@ class KernelProcess:
         *,
         message_bytes: int,
         preload: Sequence[str] = (),
+        isolation: Isolation = "process",
     ) -> KernelProcess:
         """Start the process; it is not ready yet. A message of more than `message_bytes` is not read.
 
@@ -117,7 +121,7 @@ class KernelProcess:
         """
         check_platform()
         _allow_files()
-        spec, _ = with_provisioner(find_kernelspec(kernel_name), preload)
+        spec, _ = with_provisioner(find_kernelspec(kernel_name), preload, isolation)
         wire = Wire(message_bytes)
         connection_file = str(folder.path / "connection.json")
         ports: dict[str, Any] = _PORTS
@@ -129,6 +133,7 @@ class KernelProcess:
             kernel_name=kernel_name,
             **ports,
         )
+        give_to_owner(folder.path, Path(connection_file))
         factory = KernelProvisionerFactory.instance()
         provisioner = factory.create_provisioner_instance(uuid.uuid4().hex, spec, None)
         # Without jupyter_client's KernelManager: it took 7 ms of each start, and a socket.
@@ -188,6 +193,8 @@ class KernelProcess:
 
     def _receive(self, channel: str, frames: list[bytes]) -> None:
         self.received += 1
+        if channel == "iopub":
+            self.bytes_out += sum(map(len, frames))
         try:
             self._on_message(channel, self.wire.unpack(frames))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
@@ -197,11 +204,13 @@ class KernelProcess:
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        self._signal_group()  # its children; once the process is reaped, the group's id may be another's
-        self._popen.wait()
-        self._read_stderr()
-        self.exited.set()
-        self._on_exit()
+        try:
+            self.kill_group()  # its children; once the process is reaped, the group's id may be another's
+            self._popen.wait()
+            self._read_stderr()
+        finally:
+            self.exited.set()
+            self._on_exit()
 
     def _read_stderr(self) -> None:
         try:
@@ -249,9 +258,14 @@ class KernelProcess:
             if seen == self.received:
                 return
 
+    @property
+    def roots(self) -> tuple[int, ...]:
+        """The process, and the one that adopts its orphans if that is another."""
+        return self._popen.roots if isinstance(self._popen, templates.ForkedProcess) else (self.pid,)
+
     async def terminate(self) -> None:
         """Kill the process and its group, and wait for the end."""
-        self._signal_group()
+        self.kill_group()
         await self.exited.wait()
 
     async def kill(self, *, keeps_work: bool = False) -> None:
@@ -274,7 +288,7 @@ class KernelProcess:
     def kill_now(self) -> None:
         """The same without a loop, when there is none left to wait in."""
         _live.discard(self)
-        self._signal_group()
+        self.kill_group()
         self._popen.wait()
         self._release()
         self.folder.remove(is_deserted=self._is_deserted)
@@ -282,23 +296,24 @@ class KernelProcess:
     @property
     def is_forked(self) -> bool:
         """Whether it comes from a template, with the guest's modules."""
-        return isinstance(self._popen, fork.ForkedProcess)
+        return isinstance(self._popen, templates.ForkedProcess)
 
     @property
     def _is_deserted(self) -> bool:
         """Whether nothing is left of the processes that the kernel started."""
-        return isinstance(self._popen, fork.ForkedProcess) and self._popen.is_alone
+        return isinstance(self._popen, templates.ForkedProcess) and self._popen.is_alone
 
     async def kill_soon(self) -> None:
         """`kill_now` on the loop."""
         self.kill_now()
 
-    def _signal_group(self) -> None:
+    def kill_group(self) -> None:
+        """Kill the process and its group."""
         if self._popen.returncode is not None:
             return
         try:
             os.killpg(self.pid, signal.SIGKILL)  # jupyter_client starts every kernel in a session of its own
-        except ProcessLookupError:
+        except OSError:  # it has ended, and its group with it
             return
 
     def _release(self) -> None:
@@ -322,7 +337,7 @@ def _kill_what_is_left() -> None:
             asyncio.run_coroutine_threadsafe(process.kill_soon(), process._loop).result(5)
         else:
             process.kill_now()
-    fork.close_templates()
+    templates.close_templates()
 
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
@@ -346,7 +361,7 @@ def _allow_files() -> None:
 
 
 def _ip(folder: KernelFolder) -> str:
-    return str(folder.path / "k")
+    return str(folder.path / "run" / "k")
 
 
 def _fileno(socket: zmq.Socket[bytes]) -> int:
@@ -356,7 +371,7 @@ def _fileno(socket: zmq.Socket[bytes]) -> int:
 def _environment(folder: Path) -> dict[str, str]:
     return {
         **from_env().kernel_variables,
-        **fork.environment_of_folder(folder),
+        **templates.environment_of_folder(folder),
         # Sets of text have the same order in every kernel; else the same seed would not give the same output.
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

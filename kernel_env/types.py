@@ -11,14 +11,18 @@ __all__ = [
     "CodeBlockResult",
     "DoneReason",
     "EnvironmentMetadata",
+    "Isolation",
     "REPLAction",
     "REPLObservation",
     "REPLState",
     "Status",
     "StepResult",
+    "Usage",
 ]
 
 Status = Literal["ok", "error", "timeout", "out_of_memory", "died"]
+Isolation = Literal["sandbox", "process"]
+"""`process`: a process, a folder and an environment of its own. `sandbox`: and nothing else within reach."""
 DoneReason = Literal["final", "max_iterations", "timeout", "kernel_died", "closed"]
 ObservationT = TypeVar("ObservationT")
 
@@ -50,6 +54,27 @@ class CodeBlockResult(BaseModel):
     """`Type: message` of what ended the cell early."""
 
 
+class Usage(BaseModel):
+    """What one cell used, as the host saw it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    wall: float
+    """Seconds from the request to its end."""
+    active: float
+    """Of these, seconds in which the cell was busy and waited for no helper."""
+    helper_wait: float
+    """Of these, seconds in which a helper call of the cell was in flight."""
+    cpu: float
+    """Processor seconds of the kernel and of the processes it started, as far as those were seen."""
+    peak_memory: int
+    """Bytes in memory, the most at once, the template's shared pages included."""
+    bytes_out: int
+    """Bytes of the messages that it published."""
+    processes: int
+    """The most at once, the kernel among them, as far as they were seen (every 0.1 s)."""
+
+
 class REPLObservation(BaseModel):
     """What the policy sees after `reset` or a step; the same fields at every point of an episode."""
 
@@ -71,6 +96,8 @@ class REPLObservation(BaseModel):
     lost_variables: list[str] = Field(default_factory=list)
     outputs: list[dict[str, Any]] = Field(default_factory=list)
     """Everything the cell published, shaped like a notebook cell's outputs (nbformat 4.5)."""
+    usage: Usage | None = None
+    """What the cell used; None where none ran."""
 
 
 class REPLState(BaseModel):

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from kernel_env.errors import ArtifactError, ConfigError, KernelStartError, LimitExceeded
-from kernel_env.folder import KernelFolder
+from kernel_env.folder import KernelFolder, give_to_owner
 
 __all__ = ["ARTIFACT_BYTES", "Artifact", "check_files", "copy_in", "list_artifacts", "read_artifact"]
 
@@ -79,6 +79,8 @@ def copy_in(files: Mapping[str, Any], folder: KernelFolder) -> None:
                 place.write_bytes(source)
             else:
                 shutil.copyfile(source, place)
+            inner = PurePosixPath(name)
+            give_to_owner(folder.work, *(folder.work / path for path in (inner, *list(inner.parents)[:-1])))
         except OSError as error:
             raise KernelStartError(
                 f"files[{name!r}] could not be copied to {place}: {error.strerror or error}"

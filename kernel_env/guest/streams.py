@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -317,7 +318,7 @@ class CellStream(OutStream):
         self._fid, self._write_end = os.pipe()
         os.set_blocking(self._fid, False)
         os.dup2(self._write_end, self._fd)
-        self._writing = os.memfd_create("kernel_env")
+        self._writing = tempfile.TemporaryFile(buffering=0, dir=os.environ.get("TMPDIR"))  # noqa: SIM115 - as long as this lives
         self._readable = select.poll()
         self._readable.register(self._fid, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

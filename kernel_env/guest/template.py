@@ -1,13 +1,19 @@
 """The warm process that kernels are forked from: it imports and builds all that they share, then waits.
 
-Started by path with one argument, a JSON object: `control`, `lifeline` (file descriptors), `modules` (names
-of the guest's), `arguments` (of the kernel, without its connection file), `preload`.
+Started by path; on stdin it reads a JSON object: `control`, `lifeline` (file descriptors), `modules` (names
+of the guest's), `arguments` (of the kernel, without its connection file), `preload`, and of a template whose
+kernels are confined `sandbox` (see `confine.Sandbox`).
 
 A datagram on `control` asks for a kernel: a JSON object with `connection_file`, `environ`, `folder` and
-`argv`, and three descriptors: stdout, stderr, and a socket that belongs to this kernel alone. On that come,
-one datagram each: `{"pid": n}` with a pidfd, `{"bound": true}` from the kernel when clients can connect,
-`{"status": n}` when it has ended and nothing is left of its processes, or `{"error": text}`. When the other
-end is closed, Linux kills the kernel. A module that cannot be preloaded is told as `{"preload": text}`.
+`argv` (and `own_folder` and `uid` of a confined one), and four descriptors: stdout, stderr, and two sockets.
+
+One is the kernel's: on it comes `{"bound": true}` when clients can connect, `{"error": text}` or, of a system
+that does not let it confine itself, `{"sandbox": text}`, and never more; when its other end is closed, Linux
+kills the kernel. One is for this process to tell of the kernel, which does not hold it, a datagram each:
+`{"forked": true}` with a pidfd, and that of the first process in its namespace if it is confined;
+`{"status": n}` when it has ended and nothing is left of its processes; or `{"error": text}`. If no kernel can
+come of this template at all, that is `{"preload": text}` of a module that cannot be imported,
+`{"sandbox": text}`, or `{"fault": text}`.
 """
 
 from __future__ import annotations
@@ -34,32 +40,47 @@ prctl = ctypes.CDLL(None).prctl
 
 def main() -> None:
     """Be the template until the host is gone; a kernel that it forks comes back from `serve`, too."""
-    sys.path.pop(0)  # this file's folder: its modules have names that others use
-    options = json.loads(sys.argv[1])
-    modules = load(options["modules"])
+    if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+        sys.path.pop(0)  # its modules have names that others use
+    options = json.load(sys.stdin)
+    confine, sources = make(read(["confine"]))["confine"], read(options["modules"])
     lifeline = socket.socket(fileno=options["lifeline"])
-    modules["guard"].die_with(lifeline)
-    # An orphan becomes a child of the nearest of these: of its kernel, and of this process when that is gone.
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    fault, app = {}, None
+    for fd in (options["lifeline"], options["control"]):
+        os.set_inheritable(fd, False)
+    fault, app, sandbox, modules = {}, None, None, {}
     try:
+        if options["sandbox"] is not None:
+            sandbox = confine.enter(**options["sandbox"], lifeline=lifeline, control=options["control"])
+        modules = make(sources)
+        if sandbox is None:
+            modules["guard"].die_with(lifeline)
+            # An orphan becomes a child of the nearest of these: of its kernel, and of this process when
+            # that is gone.
+            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         app = build(modules, options)
+    except confine.Refused as error:
+        fault = {"sandbox": str(error)}
     except PreloadError as error:
         fault = {"preload": str(error)}
     except Exception as error:  # noqa: BLE001 - told to whoever asks for a kernel
-        fault = {"error": f"{type(error).__name__}: {error}"}
+        fault = {"fault": f"{type(error).__name__}: {error}"}
     control = socket.socket(fileno=options["control"])
-    request, descriptors = Template(control, lifeline, fault).serve(settle(modules, app))
-    become_kernel(app, modules, request, descriptors)
+    request, descriptors = Template(control, lifeline, sandbox, fault).serve(settle(modules, app))
+    become_kernel(app, modules, sandbox, request, descriptors)
 
 
-def load(names: list[str]) -> Any:
-    """The guest's modules, made as a kernel makes them."""
+def read(names: list[str]) -> dict[str, str]:
+    """The sources of the guest's modules."""
     folder = os.path.dirname(os.path.abspath(__file__))
     sources = {}
     for name in ("boot", *names):
         with open(os.path.join(folder, f"{name}.py"), encoding="utf-8") as file:
             sources[name] = file.read()
+    return sources
+
+
+def make(sources: dict[str, str]) -> Any:
+    """The guest's modules, made as a kernel makes them."""
     boot = compile(sources.pop("boot"), "boot.py", "exec")
     namespace: dict[str, Any] = {"request": {"sources": sources, "options": None}}
     exec(boot, namespace)
@@ -120,11 +141,15 @@ class PreloadError(Exception):
 class Template:
     """The loop that forks: takes requests, tells of ends."""
 
-    def __init__(self, control: socket.socket, lifeline: socket.socket, fault: dict[str, str]) -> None:
+    def __init__(
+        self, control: socket.socket, lifeline: socket.socket, sandbox: Any, fault: dict[str, str]
+    ) -> None:
         self._control = control
         control.setblocking(False)
+        self._sandbox = sandbox
         self._fault = fault
         self._kernels: dict[int, socket.socket] = {}
+        self._firsts: dict[int, int] = {}  # confined kernels → the first process of their process namespace
         self._ended: dict[int, int] = {}  # of the kernels, those whose processes may not all be gone
         self._wake, wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -149,33 +174,45 @@ class Template:
             ready.poll()
             self._reap()
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, 3)
+                data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, 4)
             except BlockingIOError:
                 continue
             if not data:
                 os._exit(0)
             request = json.loads(data)
-            if self._fork(socket.socket(fileno=descriptors[2])):
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+            if self._fork(socket.socket(fileno=descriptors.pop())):
                 return request, descriptors
-            os.close(descriptors[0])
-            os.close(descriptors[1])
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def _fork(self, channel: socket.socket) -> bool:
         """Fork, tell the host of it, and say whether this is the new process."""
         if self._fault:
             return self._refuse(channel, self._fault)
+        first = 0
         try:
+            if self._sandbox is not None:
+                first = self._sandbox.begin_namespace()
             pid = os.fork()
         except OSError as error:
+            if first:
+                os.kill(first, signal.SIGKILL)
+                self._sandbox.end_namespace()
             return self._refuse(channel, {"error": f"no process could be forked: {error.strerror}"})
         if pid == 0:
             self._leave()
-            channel.detach()
+            channel.close()
             return True
+        if first:
+            self._sandbox.end_namespace()
+            self._firsts[pid] = first
         self._kernels[pid] = channel
-        pidfd = os.pidfd_open(pid)
-        tell(channel, {"pid": pid}, pidfd)
-        os.close(pidfd)
+        pidfds = [os.pidfd_open(process) for process in (pid, first) if process]
+        tell(channel, {"forked": True}, *pidfds)
+        for pidfd in pidfds:
+            os.close(pidfd)
         return False
 
     @staticmethod
@@ -200,12 +237,14 @@ class Template:
         while (found := next_end()) is not None:
             if found[0] in self._kernels:
                 self._ended.update([found])
-        if self._ended and not self._kill_orphans():
-            for pid, status in self._ended.items():
-                channel = self._kernels.pop(pid)
+                if found[0] in self._firsts:
+                    os.kill(self._firsts[found[0]], signal.SIGKILL)  # and Linux all that is in its namespace
+            self._firsts = {kernel: first for kernel, first in self._firsts.items() if first != found[0]}
+        if self._ended and (self._sandbox is not None or not self._kill_orphans()):
+            for pid in self._ended.keys() - self._firsts.keys():
+                channel, status = self._kernels.pop(pid), self._ended.pop(pid)
                 tell(channel, {"status": os.waitstatus_to_exitcode(status)})
                 channel.close()
-            self._ended.clear()
 
     def _kill_orphans(self) -> bool:
         """Kill what ended kernels left behind; True if there was any: their ends come here, too."""
@@ -238,25 +277,32 @@ def tell(channel: socket.socket, message: dict[str, Any], *descriptors: int) -> 
         return
 
 
-def become_kernel(app: Any, modules: Any, request: dict[str, Any], descriptors: list[int]) -> None:
+def become_kernel(
+    app: Any, modules: Any, sandbox: Any, request: dict[str, Any], descriptors: list[int]
+) -> None:
     """In the forked process: forget what siblings share, bind, and serve until the kernel ends."""
     os.setsid()
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    stdout, stderr, channel = descriptors
+    if sandbox is None:  # there its namespace has somebody who adopts orphans, and reaps them
+        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stdout, stderr, own = descriptors
     nothing = os.open(os.devnull, os.O_RDONLY)
     for fd, place in ((nothing, 0), (stdout, 1), (stderr, 2)):
         os.dup2(fd, place)
         os.close(fd)
-    told = socket.socket(fileno=channel)
+    told = socket.socket(fileno=own)
     modules["guard"].die_with(told)
     try:
         set_environment(app.variables | request["environ"])
+        if sandbox is not None:
+            sandbox.confine(request["own_folder"], request["uid"])
         os.chdir(request["folder"])
         sys.argv = request["argv"]
         forget_what_is_shared()
         app.open(request["connection_file"])
     except Exception as error:
-        tell(told, {"error": f"{type(error).__name__}: {error}"})
+        is_refused = sandbox is not None and type(error).__name__ == "Refused"
+        told_of = {"sandbox": str(error)} if is_refused else {"error": f"{type(error).__name__}: {error}"}
+        tell(told, told_of)
         raise
     tell(told, {"bound": True})
     app.start()
