@@ -20,6 +20,7 @@ from kernel_env.errors import (
     LimitExceeded,
     ResetRequired,
     RubricError,
+    SandboxUnavailable,
     UsageError,
 )
 from kernel_env.local import LocalREPLEnv
@@ -32,7 +33,7 @@ from kernel_env.rubrics import (
     REPLRubric,
     Rubric,
 )
-from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult
+from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult, Usage
 from kernel_env.workdir import Artifact
 
 __all__ = [
@@ -64,8 +65,10 @@ __all__ = [
     "ResetRequired",
     "Rubric",
     "RubricError",
+    "SandboxUnavailable",
     "StepResult",
     "Turn",
+    "Usage",
     "UsageError",
     "to_notebook",
     "write_notebook",

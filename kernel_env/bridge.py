@@ -16,6 +16,7 @@ other cell than the one that runs is refused. Nothing that comes in is trusted.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hmac
 import json
 import logging
@@ -41,6 +42,8 @@ _LENGTH = struct.Struct(">Q")
 _HELLO_BYTES = 4096
 _BACKLOG = 128  # asyncio accepts as many of the host's descriptors before it can refuse one
 _CONTEXT_PIECE = 2**24
+_CONTEXTS = 100
+_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _ENCODED_AT_ONCE = 2**18  # small enough for memory that is there already: 0.24 s for 1 GB instead of 1.4
 _to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
@@ -55,12 +58,17 @@ _from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
 class Bridge:
     """The helper channel of one kernel process."""
 
-    def __init__(self, path: Path, helpers: Mapping[str, Helper], context: Context, limits: Limits) -> None:
+    def __init__(
+        self, path: Path, helpers: Mapping[str, Helper], context: Context, limits: Limits, *, served: int = 0
+    ) -> None:
         self.path = path
         self.token = secrets.token_hex(32)
         self._helpers = helpers
         self._context = context
         self._limits = limits
+        self._handed_out = 0  # characters of the context
+        self.served = served
+        """Helper calls of this episode, those that were served to earlier kernels of it among them."""
         self._cell: Cell | None = None
         self.connections: set[_Connection] = set()
         self.buffered = 0
@@ -126,6 +134,14 @@ class Bridge:
         if helper is None or not isinstance(name, str) or not isinstance(arguments, dict):
             raise HelperError("refused: there is no such helper")
         args, kwargs = helper.bind(name, arguments)
+        prompts = arguments.get("prompts") if helper.is_typed else None
+        wanted = self.served + (max(len(prompts), 1) if isinstance(prompts, list) else 1)
+        if wanted > self._limits.helper_calls:
+            raise HelperError(
+                f"refused: this would be helper call {wanted:,} of the episode, "
+                f"and Limits.helper_calls = {self._limits.helper_calls:,}"
+            )
+        self.served = wanted
         task = asyncio.current_task()
         assert task is not None
         started, clock = time.time(), time.monotonic()
@@ -211,9 +227,16 @@ class Bridge:
         if not isinstance(start, int) or not 0 <= start <= len(text):
             self.refused += 1
             raise HelperError("refused: the context has no such place")
-        if self._memfd is None:
-            self._memfd = os.memfd_create("context", os.MFD_CLOEXEC)
         end, size = min(start + _CONTEXT_PIECE, len(text)), 0
+        self._handed_out += end - start
+        if self._handed_out > _CONTEXTS * len(text) + _CONTEXT_PIECE:
+            self.refused += 1
+            raise HelperError("refused: the kernel has had the context too often")
+        if self._memfd is None:
+            self._memfd = os.memfd_create("context", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self._memfd, 4 * min(_CONTEXT_PIECE, len(text)))
+            # Else it would be memory that a kernel could take without a limit.
+            fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, _SEALS)
         for at in range(start, end, _ENCODED_AT_ONCE):
             data = text[at : min(at + _ENCODED_AT_ONCE, end)].encode("utf-8", "surrogatepass")
             size += os.pwrite(self._memfd, data, size)
@@ -270,6 +293,13 @@ class _Connection(asyncio.Protocol):
         self._buffer.clear()
         if self._task is not None:
             self._task.cancel()
+
+    def pause_writing(self) -> None:
+        """The kernel does not read its replies: it has to before it asks for more."""
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():

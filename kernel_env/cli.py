@@ -25,7 +25,7 @@ from rich.text import Text
 
 from kernel_env import example
 from kernel_env.episode import Episode, Turn
-from kernel_env.errors import ConfigError, KernelEnvError
+from kernel_env.errors import ConfigError, KernelEnvError, SandboxUnavailable
 from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import check_target, read_cells
@@ -83,6 +83,9 @@ def run(
         typer.Option(help="Notebook, or .py file with `# %%` lines: each code cell is one action."),
     ] = None,
     kernel: Annotated[str, typer.Option(help="An installed Jupyter kernelspec.")] = "python3",
+    isolation: Annotated[
+        str, typer.Option(help="sandbox, process, or auto: a sandbox where there can be one.")
+    ] = "auto",
     max_iterations: Annotated[
         int | None, typer.Option(help="Steps of the episode; default 30, or as many as there are cells.")
     ] = None,
@@ -102,7 +105,11 @@ def run(
         check_target(out)
         view = _JsonView() if as_json else _View(console)
         env = LocalREPLEnv(
-            llm_query_fn=job.llm_query_fn, kernel_name=kernel, on_output=view.output, on_turn=view.turn
+            llm_query_fn=job.llm_query_fn,
+            kernel_name=kernel,
+            isolation=isolation,
+            on_output=view.output,
+            on_turn=view.turn,
         )
         has_begun = False
         try:
@@ -181,7 +188,10 @@ class _View:
         lines = [job.remark] if job.remark else []
         lines += [f"Task: {job.task}"] if job.task else []
         lines += [f"Context: {len(episode.context):,} characters"]
-        lines += [f"Kernel: {episode.kernel_name}, ready in {episode.start_time:.2f} s"]
+        lines += [
+            f"Kernel: {episode.kernel_name}, isolation: {episode.isolation}, "
+            f"ready in {episode.start_time:.2f} s"
+        ]
         self._console.print(Panel(Text("\n".join(lines)), title="Episode", title_align="left"))
 
     def begin(self, number: int, cell: str) -> None:
@@ -212,6 +222,8 @@ class _View:
             if line.startswith("[kernel_env]"):
                 self._console.print(Text(line, style="yellow"))
         facts = [observation.status, f"{observation.result.execution_time * 1000:.0f} ms"]
+        if observation.usage is not None:
+            facts.append(f"{observation.usage.peak_memory / 2**20:.0f} MB")
         if turn.helper_calls:
             facts.append(f"{len(turn.helper_calls)} helper call" + "s" * (len(turn.helper_calls) > 1))
         facts.append("no reward" if observation.reward is None else f"reward {observation.reward:g}")
@@ -319,8 +331,16 @@ def _check_trial() -> str:
     return f"kernel ready in {(ready - start) * 1000:.0f} ms; helpers, context and answer work"
 
 
-def _isolation() -> str:
-    return "process: own process, folder and environment. Not confined: files and network are the user's."
+def _check_isolation() -> str:
+    try:
+        with LocalREPLEnv(isolation="sandbox") as env:
+            env.reset()
+    except SandboxUnavailable as error:
+        return (
+            f"process: {error}. Kernels have a process tree, a folder and an environment of their own, and "
+            "limits on memory, files and descriptors; the user's other files and the network are open to them"
+        )
+    return "sandbox: a kernel reaches its own folder, its interpreter and nothing else"
 
 
 _CHECKS: dict[str, Callable[[], str]] = {
@@ -329,6 +349,6 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "kernelspecs": _check_kernelspecs,
     "system calls": _check_system_calls,
     "temporary folder": _check_temporary_folder,
-    "isolation": _isolation,
+    "isolation": _check_isolation,
     "trial episode": _check_trial,
 }

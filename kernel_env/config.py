@@ -24,6 +24,7 @@ RESERVED_NAMES = frozenset(
 )
 """Names a user's tool cannot have: ours, and IPython's own."""
 
+_ISOLATIONS = ("auto", "sandbox", "process")
 _SPARES = 8
 _BYTES_OF_KERNEL = 64 * 2**20  # 12 MB of its own, and room for what its cells make
 FILES_OF_KERNEL = 24
@@ -31,6 +32,19 @@ FILES_OF_KERNEL = 24
 
 _PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH")
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "OPENBLAS_", "MKL_")
+
+
+_LEAST = {
+    # What a kernel needs to serve cells, measured with room to spare; below it, it would seem broken.
+    "restarts": 0,
+    "helper_calls": 0,
+    "memory_bytes": 32 * 2**20,
+    "processes": 16,
+    "open_files": 64,
+    "file_bytes": 2**20,
+    "workdir_bytes": 2**20,
+    "workdir_files": 100,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +73,31 @@ class Limits:
     """Characters of one cell's output that the record and the notebook keep."""
     files_bytes: int = 2**30
     """Bytes of all `files` that are copied into the working directory of an episode."""
+    memory_bytes: int = 4 * 2**30
+    """Memory that the cells of a kernel add to what it begins with. A process that asks for more, used or
+    not, gets a MemoryError; more in all its processes, or shared, costs the kernel (`out_of_memory`)."""
+    cell_cpu: float = math.inf
+    """Processor seconds of a cell and the processes it starts."""
+    processes: int = 256
+    """Processes and threads of a kernel at once, its own four among them. In a sandbox no more start; else
+    they cost the kernel."""
+    open_files: int = 1024
+    """Descriptors that each process of a kernel may have open, its own 40 among them."""
+    file_bytes: int = 2 * 2**30
+    """Size of any file that a kernel writes."""
+    workdir_bytes: int = 4 * 2**30
+    """Bytes on the disk of all files in the kernel's folders, counted every second or so: working directory,
+    home, temporary files."""
+    workdir_files: int = 100_000
+    """How many there may be."""
+    helper_calls: int = 10_000
+    """Helper calls of an episode; a batch counts as its prompts."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type == "int":
-                check_count(f"Limits.{entry.name}", value, least=0 if entry.name == "restarts" else 1)
+                check_count(f"Limits.{entry.name}", value, least=_LEAST.get(entry.name, 1))
             else:
                 check_seconds(f"Limits.{entry.name}", value)
 
@@ -95,6 +128,7 @@ class EnvConfig:
     on_turn: Callable[[Any], Any] | None = None
     """Called with each finished `Turn`; sync or async."""
     isolation: str = "auto"
+    """`sandbox`, `process`, or `auto`: a sandbox where that can be had."""
     preload: Sequence[str] = ()
     """Modules that every kernel has imported when it starts; forked kernels share one import."""
     files: Mapping[str, bytes | str | os.PathLike[str]] | None = None
@@ -106,7 +140,8 @@ class EnvConfig:
         _check_type("kernel_name", self.kernel_name, str)
         _check_type("limits", self.limits, Limits)
         _check_type("tools", self.tools, Mapping)
-        _check_type("isolation", self.isolation, str)
+        if self.isolation not in _ISOLATIONS:
+            raise ConfigError(f"isolation={self.isolation!r}; give one of {', '.join(_ISOLATIONS)}")
         check_count("max_iterations", self.max_iterations)
         check_count("max_output_length", self.max_output_length)
         check_count("context_preview_length", self.context_preview_length, least=0)
@@ -133,10 +168,6 @@ class EnvConfig:
         self._refuse_what_is_not_there()
 
     def _refuse_what_is_not_there(self) -> None:
-        if self.isolation not in {"auto", "process"}:
-            raise ConfigError(
-                f"isolation={self.isolation!r}: this version has 'process' (and 'auto', which picks it)"
-            )
         if self.rlm_max_depth != 1:
             raise ConfigError(
                 f"rlm_max_depth={self.rlm_max_depth!r}: this version has no runner; give subcall_fn"

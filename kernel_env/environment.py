@@ -37,7 +37,8 @@ class REPLEnvironment:
         subcall_fn: `(prompt, model)` and, if it can, `context` → text, behind `rlm_query`.
         subcall_batch_fn: the same for `prompts` and `contexts`.
         kernel_name: an installed kernelspec of an IPython kernel.
-        limits: bounds on time, restarts and sizes.
+        limits: bounds on time, memory, processes, files, sizes and restarts.
+        isolation: "sandbox", "process", or "auto", a sandbox where there can be one.
         tools: name → function of the host, callable from the kernel.
         preload: modules that every kernel has imported when it starts; forked kernels share one import.
         files: name in the working directory → bytes, or the path of a file, copied before the first cell.
@@ -45,8 +46,8 @@ class REPLEnvironment:
         on_turn: called with each finished `Turn`; sync or async.
 
     Raises:
-        ConfigError: an argument cannot be used. `rlm_max_depth`, `rlm_max_iterations` and
-            `isolation="sandbox"` are refused in this version.
+        ConfigError: an argument cannot be used. `rlm_max_depth` and `rlm_max_iterations` are refused in
+            this version.
     """
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -201,6 +202,7 @@ class REPLEnvironment:
 
         Raises:
             ConfigError: an argument cannot be used; the episode there was goes on.
+            SandboxUnavailable: `isolation="sandbox"`, and this system cannot confine kernels.
             KernelStartError: no kernel became ready; there is no episode.
         """
         self._check_process()

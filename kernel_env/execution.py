@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
@@ -15,8 +14,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kernel_env.calls import Cell
 from kernel_env.episode import HelperCall
+from kernel_env.meter import LOOK_EVERY, Breach
 from kernel_env.outputs import Output, Outputs, without_colours
-from kernel_env.types import Status
+from kernel_env.types import Status, Usage
 
 __all__ = ["PAYLOAD", "Execution", "Report", "Running", "refusal"]
 
@@ -24,6 +24,7 @@ log = logging.getLogger("kernel_env.execution")
 
 _UNHEARD = 1.0  # seconds after which a request that the kernel does not mention counts as begun
 _HALF_ENDED = 3.0  # seconds of silence after which a request that has only half ended has broken down
+_KINDS = {"out_of_memory": "MemoryError", "timeout": "TimeoutError", "error": "LimitExceeded"}
 _NO_SOURCE = re.compile("[\\0\ud800-\udfff]")
 
 PAYLOAD = "kernel_env"
@@ -62,8 +63,12 @@ class Execution:
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Stream → characters that `Limits.cell_output` left no room for; empty if everything is there."""
     restarted: bool = False
+    process_died: bool = False
+    """The process that ran it is gone."""
     kernel_lost: bool = False
     """The kernel is gone and no other took over."""
+    usage: Usage | None = None
+    """None of code that was not run."""
 
 
 @dataclass
@@ -95,6 +100,8 @@ class Running:
     """The kernel has told that it runs the code."""
     refused_before: int = 0
     """Messages of the kernel that were not taken before this request was sent."""
+    breach: Breach | None = None
+    """The limit that it was ended for."""
     fault: str | None = None
     """Why the kernel, though it lives, cannot end this request."""
     died: bool = False
@@ -125,10 +132,13 @@ class Running:
         self.fault = self.fault or fault
         self.changed.set()
 
-    async def until_end(self, active: float, total: float, drain: Callable[[], None]) -> str | None:
+    async def until_end(
+        self, active: float, total: float, drain: Callable[[], None], look: Callable[[], Breach | None]
+    ) -> str | None:
         """Wait until the request has ended or broken down (None), or must be ended (why).
 
-        `drain` takes in what has arrived and was not read yet.
+        `drain` takes in what has arrived and was not read yet; `look` is asked now and then whether a limit
+        was gone over.
         """
         while True:
             if self.ended_at is not None or self.fault is not None:
@@ -141,6 +151,8 @@ class Running:
                 return f"it took more than {total:g} s in all"
             if left_active <= 0:
                 return f"it was active for more than {active:g} s"
+            if self.breach is not None:
+                return str(self.breach)
             if self.is_half_ended and time.monotonic() - self.heard > _HALF_ENDED:
                 drain()  # this host may have been the one that was late
                 if self.is_half_ended and time.monotonic() - self.heard > _HALF_ENDED:
@@ -149,11 +161,12 @@ class Running:
                     )
                 continue
             # Some of this stands still or starts late: look again, but not in a spin.
-            is_watched = self.cell.in_flight or self.busy_since is None or self.is_half_ended
-            pause = min(max(left_active, 0.05), 1.0) if is_watched else left_active
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(pause, left_total)):
+            try:
+                async with asyncio.timeout(min(max(left_active, 0.05), left_total, LOOK_EVERY)):
                     await self.changed.wait()
+            except TimeoutError:
+                if self.is_stoppable:
+                    self.breach = look()
 
     def stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason
@@ -183,7 +196,7 @@ class Running:
                     text = without_colours(data["text/plain"])
                     self.outputs.add("display_data", {"data": {"text/plain": text}})
 
-    def conclude(self, process_end: str, *, killed: bool) -> Execution:
+    def conclude(self, process_end: str, *, killed: bool, usage: Usage, is_out_of_memory: bool) -> Execution:
         """What came of the request, and how the process ended, if it did."""
         reply, why = self.reply or {}, self.why
         status: Status = "ok" if reply.get("status") == "ok" else "error"
@@ -196,16 +209,23 @@ class Running:
         if why is not None:
             told_to = self.stop_reason is not None
             status, kind = ("error", "KeyboardInterrupt") if told_to else ("timeout", "TimeoutError")
+            if self.breach is not None and not told_to:
+                status, kind = self.breach.status, _KINDS[self.breach.status]
             exception = f"{kind}: the cell was stopped because {why}"
+            is_fatal = self.breach is not None and self.breach.is_fatal
             kept = (
-                "it ignored the interrupt and its kernel was killed"
+                ("" if is_fatal else "it ignored the interrupt and ") + "its kernel was killed"
                 if killed
                 else "it was interrupted and its variables are kept"
             )
             notes.append(f"The cell was stopped because {why}; {kept}.")
         if self.died and not killed:
             end = process_end if self.fault is None else f"could not go on and was killed: {self.fault}"
-            status, exception = "died", f"KernelDied: the kernel {end}"
+            if self.breach is not None:
+                end = f"was killed because {self.breach}"
+                is_out_of_memory = self.breach.status == "out_of_memory"
+            status = "out_of_memory" if is_out_of_memory else "died"
+            exception = f"KernelDied: the kernel {end}"
             notes.append(f"The kernel {end}.")
         count = reply.get("execution_count")
         return Execution(
@@ -221,6 +241,8 @@ class Running:
             duration=(self.ended_at or time.monotonic()) - self.sent,
             active_time=self.active_time,
             dropped=self.outputs.dropped,
+            usage=usage,
+            process_died=self.died,
         )
 
 

@@ -14,12 +14,14 @@ from kernel_env.bridge import Bridge
 from kernel_env.calls import Helper
 from kernel_env.config import Limits
 from kernel_env.episode import Context
+from kernel_env.folder import give_to_owner
 from kernel_env.outputs import half
+from kernel_env.types import Isolation
 
 __all__ = ["GUEST_MODULES", "RUN_BOOT", "KernelSetup", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
-GUEST_MODULES = ("bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
+GUEST_MODULES = ("limits", "bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 RUN_BOOT = (
@@ -38,11 +40,12 @@ class KernelSetup:
     context: Context
     seed: int | None
     preload: tuple[str, ...] = ()
+    isolation: Isolation = "process"
     is_blank: bool = False
     """Nothing is in its namespace yet: it waits for its episode."""
 
     @classmethod
-    def blank(cls, kernel_name: str, preload: tuple[str, ...]) -> KernelSetup:
+    def blank(cls, kernel_name: str, preload: tuple[str, ...], isolation: Isolation) -> KernelSetup:
         """The setup of a kernel that is made ready before its episode is known."""
         return cls(
             kernel_name=kernel_name,
@@ -51,6 +54,7 @@ class KernelSetup:
             context=Context.of(""),
             seed=None,
             preload=preload,
+            isolation=isolation,
             is_blank=True,
         )
 
@@ -70,9 +74,14 @@ def install_request(setup: KernelSetup, bridge: Bridge, session: str, *, has_gue
         "helpers": [describe(name, helper) for name, helper in setup.helpers.items()],
     }
     sources = {name: "" if has_guest else _source(name) for name in GUEST_MODULES}
-    (folder / "_kernel_env_bridge.py").write_text(_source("bridge"), "utf-8")
-    (folder / "kernel_env_helpers.py").write_text(_source("child"), "utf-8")
-    (folder / "helpers.json").write_text(json.dumps(channel), "utf-8")
+    texts = {
+        "_kernel_env_bridge.py": _source("bridge"),
+        "kernel_env_helpers.py": _source("child"),
+        "helpers.json": json.dumps(channel),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+    give_to_owner(folder, *(folder / name for name in texts))
     options = channel | {
         "session": session,
         "folder": str(folder),
@@ -81,8 +90,17 @@ def install_request(setup: KernelSetup, bridge: Bridge, session: str, *, has_gue
         "is_blank": setup.is_blank,
         "message_chars": limits.cell_output,
         "stream_chars": half(limits.cell_output),
+        "limits": _of_process(setup),
     }
     return {"boot": _source("boot"), "sources": sources, "options": options}
+
+
+def _of_process(setup: KernelSetup) -> dict[str, int]:
+    names = ["memory_bytes", "open_files", "file_bytes"]
+    if setup.isolation == "sandbox":  # elsewhere Linux counts the processes of all of a user's programs
+        names.append("processes")
+    # A blank kernel may become that of any episode, which can only lower what is set.
+    return {} if setup.is_blank else {name: getattr(setup.limits, name) for name in names}
 
 
 def describe(name: str, helper: Helper) -> dict[str, Any]:

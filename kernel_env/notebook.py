@@ -54,13 +54,24 @@ def _header(episode: Episode) -> str:
         ("Turns", f"{len(episode.turns)} of {episode.max_iterations}"),
         ("Context", f"{len(episode.context):,} characters"),
         ("Kernel", episode.kernel_name + ("" if episode.seed is None else f", seed {episode.seed}")),
+        ("Isolation", episode.isolation),
         ("Time in cells", f"{episode.total_execution_time:.2f} s"),
+        *_used(episode),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     task = (
         "\n".join(f"> {_escaped(line)}" for line in episode.task_prompt.splitlines()) or "> *no task prompt*"
     )
     return f"# Episode {_escaped(episode.episode_id)}\n\n{task}\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def _used(episode: Episode) -> list[tuple[str, str]]:
+    usages = [turn.observation.usage for turn in episode.turns if turn.observation.usage is not None]
+    if not usages:
+        return []
+    seconds = f"{sum(usage.cpu for usage in usages):.2f} s"
+    peak = f"{max(usage.peak_memory for usage in usages) / 2**20:,.0f} MB"
+    return [("Processor time", seconds), ("Most memory", peak)]
 
 
 def _shown(answer: str | None) -> str:

@@ -284,10 +284,11 @@ def _size(output: Output) -> int:
         case "stream":
             return len(output["text"])
         case "error":
-            return len(output["evalue"]) + sum(map(len, output["traceback"]))
+            return len(output["ename"]) + len(output["evalue"]) + sum(map(len, output["traceback"]))
         case _:
-            sizes = (len(v) if isinstance(v, str) else len(repr(v)) for v in output["data"].values())
-            return sum(sizes)
+            data, metadata = output["data"], output["metadata"]
+            sizes = (len(key) + (len(v) if isinstance(v, str) else len(repr(v))) for key, v in data.items())
+            return sum(sizes) + (len(repr(metadata)) if metadata else 0)
 
 
 def _joined(outputs: Iterable[Output]) -> list[Output]:

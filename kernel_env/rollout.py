@@ -103,8 +103,10 @@ class Rollout:
                 context=context,
                 seed=seed,
                 preload=tuple(config.preload),
-            )
+            ),
+            config.isolation,
         )
+        record.isolation = kernel.isolation
         if config.files:
             try:
                 await portal.run_in_thread(copy_in, config.files, kernel.folder)
@@ -336,6 +338,7 @@ class Rollout:
             restarted=execution.restarted if execution else False,
             lost_variables=list(execution.lost_variables) if execution else [],
             outputs=execution.outputs if execution else [],
+            usage=execution.usage if execution else None,
         )
 
 

@@ -13,6 +13,8 @@ import re
 import sys
 import types
 import warnings
+from array import array
+from collections import deque
 from os import _exit, getpid
 from threading import current_thread, main_thread
 from time import monotonic
@@ -25,6 +27,8 @@ SNAPSHOT_NAMES = 100
 SNAPSHOT_SECONDS = 0.05
 SNAPSHOT_CHARS = 500
 SHOWN_ITEMS = (120, 12, 4)  # of a container, of one in it, of one in that
+SIZED: tuple[Any, ...] = (list, tuple, dict, set, frozenset, bytearray, array, deque)
+MANY = 10_000
 PLAIN = (int, float, bool, complex, str, bytes, type(None), types.ModuleType, types.FunctionType)
 REPR_SECONDS = 1.0
 NAME_CHARS = 1000
@@ -45,9 +49,10 @@ class PreloadError(Exception):
 class Guest:
     """The helpers of one kernel, what runs around each of its cells, and the report on its namespace."""
 
-    def __init__(self, shell: Any, bridge: Any, guard: Any, options: dict[str, Any]) -> None:
+    def __init__(self, shell: Any, modules: Any, guard: Any, options: dict[str, Any]) -> None:
         self.shell = shell
-        self.bridge = bridge
+        self.bridge = bridge = modules["bridge"]
+        self.limits = modules["limits"]
         self.guard = guard
         self.session = options["session"]
         self.pid = getpid()
@@ -159,11 +164,13 @@ class Guest:
         notes: list[str] = []
         has_failed = False
         self.guard.before_cell()
+        self.limits.before_cell()
         try:
             with self.guard.cell_code():
                 reply: dict[str, Any] = await do_execute(*args, **kwargs)
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
             self.guard.is_interruptible = False
+            self.limits.release()
             notes.append(f"IPython could not run the cell to its end: {type(error).__name__}")
             reply, has_failed = failure(error), not isinstance(error, KeyboardInterrupt)
         if getpid() != self.pid:
@@ -174,6 +181,8 @@ class Guest:
         if reply.get("ename") == CellExit.__name__:
             kept = ("execution_count", "payload", "user_expressions")
             reply = {"status": "ok", **{key: reply[key] for key in kept if key in reply}}
+        if reply.get("ename") == "MemoryError":
+            notes.append(self.limits.note())
         if self.is_own(parent) and not parent["content"].get("silent"):
             self._forget_old_inputs()
             broken += self._restore(notes)
@@ -281,11 +290,14 @@ def bounded_repr(value: Any) -> str:
 def _repr(value: Any, depth: int) -> str:
     # reprlib sorts whole dicts and sets before it shows a few items, and prints bytes in full.
     kind = type(value)
-    if kind in (str, bytes):
+    if kind in (str, bytes, bytearray):
         return repr(value[:SNAPSHOT_CHARS])
     if kind is types.ModuleType:
         return f"<module {value.__name__!r}>"  # without the folder it came from
     if kind not in (list, tuple, set, frozenset, dict) or not value:
+        for base in SIZED:  # their repr is one call of C, which nothing interrupts
+            if issubclass(kind, base) and base.__len__(value) > MANY:
+                return f"<{kind.__name__} of {base.__len__(value):,} items>"
         return repr(value)
     if depth == len(SHOWN_ITEMS):
         return "..."
@@ -343,7 +355,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     kernel.shell_handlers["execute_request"] = functools.partial(_serve, served)
     shell.ask_exit = _end_cell
     shell.set_custom_exc((CellExit,), _show_nothing)
-    modules["tracebacks"].install(shell)
+    modules["tracebacks"].install(shell, modules["limits"].release)
     bridge.tag_threads()
     if _guest is None:
         # 0.5 ms of every cell, there for clients that stop reading at the reply; ours waits for idle.
@@ -367,7 +379,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         _is_seeded = True
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
     lifeline = None if _guest is None else _guest.lifeline
-    _guest = Guest(shell, bridge, the_guard, options)
+    _guest = Guest(shell, modules, the_guard, options)
     if lifeline is None:
         lifeline = _guest.channel.connect()
         guard.die_with(lifeline)
@@ -381,6 +393,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     bridge.publish(_guest.helpers, options["folder"])
     bridge.enter_cell(kernel.get_parent()["header"]["msg_id"])
     _guest.put_in_place(is_blank=options["is_blank"])
+    if options["limits"]:
+        modules["limits"].install(options["limits"])
 
 
 def _preload(names: list[str]) -> None:

@@ -15,10 +15,10 @@ OURS = "_kernel_env_"
 DEEPEST_CONTEXT = 1000
 
 
-def install(shell: Any) -> None:
-    """Replace the two methods of `shell` that show errors."""
+def install(shell: Any, release: Any) -> None:
+    """Replace the two methods of `shell` that show errors; `release` gives them memory."""
     shell._showtraceback = functools.partial(_show_without_ours, type(shell)._showtraceback.__get__(shell))
-    shell.showtraceback = functools.partial(_show, shell, type(shell).showtraceback.__get__(shell))
+    shell.showtraceback = functools.partial(_show, shell, type(shell).showtraceback.__get__(shell), release)
 
 
 def _show_without_ours(show: Any, etype: Any, evalue: Any, stb: Any) -> None:
@@ -27,8 +27,9 @@ def _show_without_ours(show: Any, etype: Any, evalue: Any, stb: Any) -> None:
     show(etype, evalue, [part for part in stb if not any(mark in part.split("\n")[0] for mark in ours)])
 
 
-def _show(shell: Any, show: Any, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
+def _show(shell: Any, show: Any, release: Any, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
     """IPython prints an exception group to stderr, and then the reply names no error at all."""
+    release()
     try:
         etype, value, trace = shell._get_exc_info(exc_tuple)
     except ValueError:  # there is none
