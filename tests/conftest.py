@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,15 @@ from typing import Any
 import pytest
 
 from kernel_env import LocalREPLEnv
+
+_TRIAL = "from kernel_env import LocalREPLEnv\nwith LocalREPLEnv(isolation='sandbox') as env: env.reset()"
+_trial = subprocess.run(
+    [sys.executable, "-c", _TRIAL], capture_output=True, text=True, timeout=60, check=False
+)
+HAS_SANDBOX = _trial.returncode == 0
+NEEDS_SANDBOX = pytest.mark.skipif(
+    not HAS_SANDBOX, reason=f"no sandbox here: {_trial.stderr.strip().splitlines()[-1:]}"
+)
 
 MakeEnv = Callable[..., LocalREPLEnv]
 InstallKernelspec = Callable[..., None]

@@ -29,9 +29,8 @@ async def asynchronous(output: Any) -> None:
         ({"tools": {"class": print}}, "must be a Python identifier"),
         ({"tools": {"_private": print}}, "must be a Python identifier"),
         ({"tools": {"five": 5}}, r"tools\['five'\] = 5 is not callable"),
-        ({"isolation": "sandbox"}, "isolation='sandbox'"),
         ({"isolation": "docker"}, "isolation='docker'"),
-        ({"isolation": ["process"]}, r"isolation = \['process'\]"),
+        ({"isolation": ["process"]}, r"isolation=\['process'\]; give one of auto, sandbox, process"),
         ({"kernel_name": 5}, "kernel_name = 5"),
         ({"limits": {"restarts": 1}}, "limits = "),
         ({"tools": [print]}, "tools = "),
@@ -52,6 +51,27 @@ def test_an_argument_that_cannot_be_used_is_named_at_construction(
 def test_max_iterations_is_checked_at_construction() -> None:
     with pytest.raises(ConfigError, match="max_iterations = 0"):
         REPLEnvironment(max_iterations=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("memory_bytes", 32 * 2**20),
+        ("processes", 16),
+        ("open_files", 64),
+        ("file_bytes", 2**20),
+        ("workdir_bytes", 2**20),
+        ("workdir_files", 100),
+    ],
+)
+def test_a_limit_below_what_a_kernel_needs_names_the_least_that_works(name: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"Limits.{name} = {least - 1}; give a whole number >= {least}"):
+        Limits(**{name: least - 1})
+    with LocalREPLEnv(limits=Limits(**{name: least}), llm_query_fn=str.upper) as env:
+        env.reset(context="here")
+        code = "import json, re, threading, os\nprint(os.system('true'), llm_query(context))"
+        assert env.execute(code).observation.result.stdout == "0 HERE\n"
+        assert env.execute("1 / 0").observation.result.exception == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +18,16 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
 from kernel_env.provisioners import fork
 
-from .conftest import InstallKernelspec, MakeEnv
+from .conftest import NEEDS_SANDBOX, InstallKernelspec, MakeEnv
+from .processes import pid_of, pid_outside, template_of, wait_for_the_end
 
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 FORKED = {"kernel_provisioner": {"provisioner_name": fork.NAME}}
+
+
+ISOLATIONS = pytest.mark.parametrize(
+    "isolation", [pytest.param("sandbox", marks=NEEDS_SANDBOX), pytest.param("process")]
+)
 
 
 @pytest.fixture
@@ -51,26 +56,6 @@ def printed(client: BlockingKernelClient, code: str) -> str:
     )
     assert reply["content"]["status"] == "ok", reply["content"]
     return "".join(shown)
-
-
-def pids_of(env: LocalREPLEnv) -> tuple[int, int]:
-    """Of the environment's kernel, and of the template that it comes from."""
-    kernel, template = env.execute(
-        "import os; print(os.getpid(), os.getppid())"
-    ).observation.result.stdout.split()
-    return int(kernel), int(template)
-
-
-def wait_for_the_end(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_any_jupyter_client_runs_cells_in_it(forked_kernelspec: str) -> None:
@@ -210,10 +195,9 @@ def test_siblings_share_no_descriptor_with_each_other_or_the_template(make_env: 
     first, second = (set(eval(env.execute(SEEN).observation.result.stdout)) for env in envs)
     assert first
     assert not first & second
-    folder = f"/proc/{pids_of(envs[0])[1]}/fd"
+    folder = f"/proc/{template_of(envs[0])}/fd"
     held = {os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
-    # One socket for each kernel is shared with the template alone, which tells of its end there.
-    assert len(first & held) == len(second & held) == 1
+    assert not (first | second) & held
 
 
 RANDOM = """
@@ -271,6 +255,7 @@ def test_a_preload_that_starts_threads_is_named(
     install_kernelspec("path", IPYKERNEL, env={"PYTHONPATH": str(tmp_path)})
     with pytest.raises(ConfigError, match="preload: importing threaded starts 1 threads"):
         make_env(kernel_name="path", preload=("json", "threaded")).reset()
+    tmp_path.chmod(0o755)  # pytest's are closed to the users that root's kernels run as
     env = make_env(kernel_name="path")
     env.reset()
     assert env.execute("import threaded").observation.status == "ok"
@@ -289,12 +274,14 @@ print(os.read(r, 20).decode(), flush=True)
 """
 
 
+@ISOLATIONS
 @pytest.mark.parametrize("end", ["close", "os._exit", "kill"])
-def test_what_left_the_session_of_its_kernel_ends_with_it(make_env: MakeEnv, end: str) -> None:
-    env = make_env()
+def test_what_left_the_session_of_its_kernel_ends_with_it(
+    make_env: MakeEnv, end: str, isolation: str
+) -> None:
+    env = make_env(isolation=isolation)
     env.reset()
-    pid = int(env.execute(LEAVES).observation.result.stdout)
-    assert os.path.exists(f"/proc/{pid}")
+    pid = pid_outside(pid_of(env), int(env.execute(LEAVES).observation.result.stdout))
     if end == "close":
         env.close()
     else:
@@ -303,10 +290,10 @@ def test_what_left_the_session_of_its_kernel_ends_with_it(make_env: MakeEnv, end
 
 
 def test_a_template_that_is_killed_costs_no_episode_anything(make_env: MakeEnv) -> None:
-    first, second = make_env(), make_env()
+    first, second = make_env(isolation="process"), make_env(isolation="process")
     first.reset()
     first.execute("x = 1")
-    os.kill(pids_of(first)[1], signal.SIGKILL)
+    os.kill(template_of(first), signal.SIGKILL)
     second.reset()
     assert first.execute("x += 1; print(x)").observation.result.stdout == "2\n"
     assert second.execute("print('fresh')").observation.result.stdout == "fresh\n"
@@ -314,6 +301,20 @@ def test_a_template_that_is_killed_costs_no_episode_anything(make_env: MakeEnv) 
     assert (died.status, died.restarted) == ("died", True)
     assert "how is not known, for its template was killed" in died.result.stderr
     assert first.execute("print('again')").observation.result.stdout == "again\n"
+
+
+@NEEDS_SANDBOX
+def test_a_template_that_is_killed_takes_confined_kernels_along_but_no_episode(make_env: MakeEnv) -> None:
+    first, second = make_env(isolation="sandbox"), make_env(isolation="sandbox")
+    first.reset(context="kept")
+    first.execute("x = 1")
+    os.kill(template_of(first), signal.SIGKILL)
+    second.reset()
+    observation = first.execute("x").observation
+    assert (observation.status, observation.restarted) == ("died", True)
+    assert observation.lost_variables == ["x"]
+    assert first.execute("context").observation.result.stdout == "'kept'\n"
+    assert second.execute("print('fresh')").observation.result.stdout == "fresh\n"
 
 
 def test_a_fork_that_fails_is_an_error_and_the_next_one_works(
@@ -329,7 +330,7 @@ os.fork = fork
 """)
     install_kernelspec("full", IPYKERNEL, env={"PYTHONPATH": str(tmp_path)})
     (tmp_path / "full").touch()
-    env = make_env(kernel_name="full")
+    env = make_env(kernel_name="full", isolation="process")
     with pytest.raises(
         KernelStartError, match="no process could be forked: Resource temporarily unavailable"
     ):
@@ -358,23 +359,43 @@ os.chdir = chdir
 """)
     install_kernelspec("damaged", IPYKERNEL, env={"PYTHONPATH": str(tmp_path)})
     with pytest.raises(KernelStartError, match=words):
-        LocalREPLEnv(kernel_name="damaged").reset()
+        LocalREPLEnv(kernel_name="damaged", isolation="process").reset()
 
 
 def test_starts_at_once_get_a_kernel_each(make_env: MakeEnv) -> None:
-    async def main() -> list[str]:
+    async def main() -> list[int]:
         from kernel_env import REPLAction, REPLEnvironment
 
-        async def one() -> str:
+        async def one() -> int:
             env = REPLEnvironment()
             await env.reset_async()
-            observation = await env.step_async(REPLAction(code="import os; print(os.getpid())"))
+            assert (await env.step_async(REPLAction(code="x = 1"))).status == "ok"
+            pid = pid_of(env)
             await env.close_async()
-            return observation.result.stdout
+            return pid
 
         return await asyncio.gather(*(one() for _ in range(40)))
 
     assert len(set(asyncio.run(main()))) == 40
+
+
+def test_starts_at_once_from_more_templates_than_are_kept_all_succeed() -> None:
+    modules = ("wave", "zipfile", "tarfile", "csv", "sched", "cmd", "mailbox")
+
+    async def main() -> list[str]:
+        from kernel_env import REPLAction, REPLEnvironment
+
+        async def one(module: str) -> str:
+            env = REPLEnvironment(preload=[module])
+            await env.reset_async()
+            code = f"import sys; print({module!r} in sys.modules)"
+            observation = await env.step_async(REPLAction(code=code))
+            await env.close_async()
+            return observation.result.stdout
+
+        return await asyncio.gather(*map(one, modules))
+
+    assert asyncio.run(main()) == ["True\n"] * 7
 
 
 def test_a_template_goes_with_a_host_that_is_killed(tmp_path: Path) -> None:
@@ -383,7 +404,8 @@ import os, signal
 from kernel_env import LocalREPLEnv
 env = LocalREPLEnv()
 env.reset()
-print(env.execute("import os; print(os.getpid(), os.getppid())").observation.result.stdout, flush=True)
+from tests.processes import pid_of, template_of
+print(pid_of(env), template_of(env), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -402,7 +424,8 @@ child = os.fork()
 if child == 0:
     os.closerange(0, 3)
     time.sleep(600)
-kernel = env.execute("import os; print(os.getpid())").observation.result.stdout
+from tests.processes import pid_of
+kernel = pid_of(env)
 print(child, kernel, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -419,7 +442,7 @@ def test_a_kernel_has_few_threads_and_little_memory_of_its_own(make_env: MakeEnv
     env.reset()
     env.close()  # from the second on, the template has settled
     env.reset()
-    pid = int(env.execute("import os; print(os.getpid())").observation.result.stdout)
+    pid = pid_of(env)
     assert len(os.listdir(f"/proc/{pid}/task")) <= 4
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     private = sum(int(line.split()[1]) for line in rollup if line.startswith("Private"))

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import random
 import sys
+from collections import Counter, deque
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,10 @@ class Raises:
         (5, "5"),
         ("a" * 2000, repr("a" * 500)[:500]),
         (b"a" * 2000, repr(b"a" * 500)[:500]),
+        (bytearray(b"a" * 2**28), repr(bytearray(b"a" * 500))[:500]),
+        (deque(range(10**6)), "<deque of 1,000,000 items>"),
+        (Counter(range(20_000)), "<Counter of 20,000 items>"),
+        (deque([1]), "deque([1])"),
         ([], "[]"),
         ((1,), "(1,)"),
         (frozenset({1}), "frozenset({1})"),

@@ -18,7 +18,8 @@ from kernel_env import ConfigError, Limits, REPLAction, REPLEnvironment
 from kernel_env.outputs import stdout_text
 from kernel_env.pool import KernelPool
 
-PID = "import os; print(os.getpid())"
+from .conftest import HAS_SANDBOX
+from .processes import pid_of
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def spares(clean_variables: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(body: Callable[[KernelPool], Coroutine[Any, Any, None]], kernel_name: str = "python3") -> None:
     async def with_pool() -> None:
-        await body(KernelPool.of_loop(kernel_name, ()))
+        await body(KernelPool.of_loop(kernel_name, (), "sandbox" if HAS_SANDBOX else "process"))
 
     asyncio.run(with_pool())
 
@@ -43,7 +44,7 @@ async def spares_are(pool: KernelPool, number: int) -> None:
 async def reset(env: REPLEnvironment, **options: Any) -> int:
     """The process id of the kernel after a reset."""
     await env.reset_async(**options)
-    return int((await env.step_async(REPLAction(code=PID))).result.stdout)
+    return pid_of(env)
 
 
 def test_the_first_episode_makes_no_spare_and_the_second_does() -> None:
@@ -135,7 +136,7 @@ def test_the_limits_of_its_episode_hold_in_a_ready_kernel() -> None:
 def test_a_ready_kernel_that_died_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     async def body(pool: KernelPool) -> None:
         await pool.fill(2)
-        dead = pool._spares[0]._process.pid
+        dead = pool._spares[0]._live.process.pid
         os.kill(dead, signal.SIGKILL)
         env = REPLEnvironment()
         assert await reset(env) != dead
@@ -193,7 +194,7 @@ def test_a_pool_ends_with_its_loop(temporary_folder: Path) -> None:
 
     async def body(pool: KernelPool) -> None:
         await pool.fill(2)
-        pids.extend(kernel._process.pid for kernel in pool._spares)
+        pids.extend(kernel._live.process.pid for kernel in pool._spares)
 
     run(body)
     assert not list(temporary_folder.glob("ke-*"))
@@ -218,7 +219,7 @@ for _ in range(3):
 def test_an_idle_pool_sleeps() -> None:
     async def body(pool: KernelPool) -> None:
         await pool.fill(2)
-        pids = [os.getpid(), *(kernel._process.pid for kernel in pool._spares)]
+        pids = [os.getpid(), *(kernel._live.process.pid for kernel in pool._spares)]
         await asyncio.sleep(0.2)
 
         def ticks() -> int:

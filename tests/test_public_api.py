@@ -20,15 +20,18 @@ PACKAGE = ROOT / "kernel_env"
 
 LAYERS = [
     {"errors"},
-    {"types", "config"},
+    {"types", "isolation", "seccomp"},
+    {"config"},
     {"episode"},
     {"outputs", "answer", "portal", "folder", "wire"},
-    {"calls", "workdir"},
+    {"calls", "workdir", "meter"},
     {"bridge"},
     {"execution", "install"},
-    {"provisioners"},
+    {"templates"},
+    {"fork"},
     {"kernelspecs"},
     {"process"},
+    {"live"},
     {"kernel", "helpers", "rubrics"},
     {"pool"},
     {"rollout"},
@@ -54,12 +57,12 @@ def test_all_is_sorted_and_complete() -> None:
 def test_modules_import_only_from_layers_below() -> None:
     level = {name: number for number, names in enumerate(LAYERS) for name in names}
     modules = {path.stem: path for path in PACKAGE.glob("*.py")}
-    modules["provisioners"] = PACKAGE / "provisioners" / "fork.py"
+    modules |= {path.stem: path for path in PACKAGE.glob("provisioners/[!_]*.py")}
     assert modules.keys() == level.keys()
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernel_env"):
-                parts = (node.module or "").split(".")[1:]
+                parts = [part for part in (node.module or "").split(".")[1:] if part != "provisioners"]
                 imported = [parts[0]] if parts else [alias.name for alias in node.names]
                 for other in imported:
                     assert level[other] < level[name], f"{name} imports {other}"

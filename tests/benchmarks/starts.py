@@ -31,7 +31,7 @@ from rich.table import Table
 
 from kernel_env import REPLAction, REPLEnvironment
 from kernel_env.pool import KernelPool
-from kernel_env.provisioners import fork
+from kernel_env.provisioners import templates
 
 CELLS = ["x = 1", "x += 1", "print(x)", "y = [n * n for n in range(100)]", "sum(y)"]
 MB = 2**20
@@ -58,7 +58,7 @@ def private_and_proportional(pid: int) -> tuple[float, float]:
 
 
 def pid_of(env: REPLEnvironment) -> int:
-    return env._rollout._kernel._process.pid  # type: ignore[union-attr]
+    return env._rollout._kernel._live.process.pid  # type: ignore[union-attr]
 
 
 async def first_result(env: REPLEnvironment) -> None:
@@ -95,9 +95,9 @@ async def starts(rounds: int) -> dict[str, float]:
     """Medians in milliseconds, the kinds taking turns."""
     times: dict[str, list[float]] = {name: [] for name in ("stock", "nbclient", "exec", "fork", "pool")}
     memory: dict[str, list[float]] = {"stock MB": [], "fork MB": []}
-    pool = KernelPool.of_loop("python3", ())
     warm = REPLEnvironment()
     await first_result(warm)
+    pool = KernelPool.of_loop("python3", (), warm.episode.isolation)
     await warm.close_async()
     await asyncio.sleep(0.5)  # the template settles
     for _ in range(rounds):
@@ -177,16 +177,16 @@ async def many(numbers: list[int]) -> list[dict[str, float]]:
             one_more.append(await timed(first_result(env)))
             await env.close_async()
         pids = [pid_of(env) for env in envs]
-        templates = [template._process.pid for template in fork._templates.values()]
-        memory = sum(private_and_proportional(pid)[1] for pid in [os.getpid(), *templates, *pids])
+        hosts = [template._process.pid for template in templates._templates.values()]
+        memory = sum(private_and_proportional(pid)[1] for pid in [os.getpid(), *hosts, *pids])
         answers = [
             (await env.step_async(REPLAction(code=f"print(x + {number})"))).result.stdout for env in envs
         ]
         assert answers == [f"{number + 1}\n"] * number
         await asyncio.sleep(1)
-        before, clock = ticks([*templates, *pids]), time.perf_counter()
+        before, clock = ticks([*hosts, *pids]), time.perf_counter()
         await asyncio.sleep(10)
-        idle = (ticks([*templates, *pids]) - before) / (time.perf_counter() - clock)
+        idle = (ticks([*hosts, *pids]) - before) / (time.perf_counter() - clock)
         rows.append(
             {
                 "kernels": number,

@@ -140,7 +140,7 @@ class Bench:
             env.reset(max_iterations=10**6)
             runs = (
                 ("stock", partial(client.execute_interactive, output_hook=id), pid),
-                ("env.step", env.execute, kernel_of(env)._process.pid),
+                ("env.step", env.execute, kernel_of(env)._live.process.pid),
             )
             for name, run, kernel in runs:
                 for code in CELLS:
@@ -159,7 +159,7 @@ class Bench:
         count = self.count(10_000)
         with LocalREPLEnv() as env:
             env.reset(max_iterations=10**6)
-            pid, levels = kernel_of(env)._process.pid, []
+            pid, levels = kernel_of(env)._live.process.pid, []
             times = []
             for number in range(count):
                 if number in (count // 5, count - 1):
@@ -215,7 +215,7 @@ def bare_times(env: LocalREPLEnv, code: str, count: int) -> list[float]:
     """Times of `Kernel.execute` on the loop that the environment lives on."""
     kernel = kernel_of(env)
     work = timed_async(lambda: kernel.execute(code), count)
-    return asyncio.run_coroutine_threadsafe(work, kernel._process._loop).result()
+    return asyncio.run_coroutine_threadsafe(work, kernel._live.process._loop).result()
 
 
 def main() -> None:

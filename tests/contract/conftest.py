@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 
 from kernel_env import Episode, LocalREPLEnv, REPLAction, REPLEnvironment, REPLObservation, REPLState
+from tests.conftest import NEEDS_SANDBOX
 
 
 class Facade(Protocol):
@@ -27,8 +28,24 @@ class Facade(Protocol):
 MakeFacade = Callable[..., Facade]
 StartEnv = Callable[..., LocalREPLEnv]
 
-KERNELS = ["python3", "stock"]
-"""A kernel name of each kind, which all must hold against everything in `test_hold_*.py`: forked, and not."""
+
+class Kind(NamedTuple):
+    """What kernels an environment has."""
+
+    kernel_name: str
+    isolation: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The environment's arguments for it."""
+        return self._asdict()
+
+
+SANDBOXED = pytest.param(Kind("python3", "sandbox"), marks=NEEDS_SANDBOX, id="sandbox")
+FORKED = pytest.param(Kind("python3", "process"), id="forked")
+STARTED = pytest.param(Kind("stock", "process"), id="started")
+KERNELS = [SANDBOXED, FORKED, STARTED]
+"""The kinds of kernels, which all must hold against everything in `test_hold_*.py`."""
 
 
 class Local:
@@ -95,16 +112,19 @@ class Async:
 
 
 @pytest.fixture(
-    params=[(Local, "python3"), (Async, "python3"), (Local, "stock")],
-    ids=lambda kind: "-".join((kind[0].__name__.lower(), kind[1])),
+    params=[
+        pytest.param((Local, Kind("python3", "sandbox")), marks=NEEDS_SANDBOX, id="local-sandbox"),
+        pytest.param((Async, Kind("python3", "process")), id="async-forked"),
+        pytest.param((Local, Kind("stock", "process")), id="local-started"),
+    ]
 )
 def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
     """Make facades of the kind under test, over the kernels under test; they are closed at the end."""
     made: list[Local | Async] = []
-    facade, kernel_name = request.param
+    facade, kind = request.param
 
     def make_one(**options: Any) -> Facade:
-        made.append(facade(**{"kernel_name": kernel_name, **options}))
+        made.append(facade(**kind.options | options))
         return made[-1]
 
     yield make_one
@@ -113,18 +133,19 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
 
 
 @pytest.fixture(params=KERNELS)
-def kernel_name(request: pytest.FixtureRequest) -> str:
+def kind(request: pytest.FixtureRequest) -> Kind:
     """The kind of kernel under test."""
-    return str(request.param)
+    assert isinstance(request.param, Kind)
+    return request.param
 
 
 @pytest.fixture
-def start(kernel_name: str) -> Iterator[StartEnv]:
+def start(kind: Kind) -> Iterator[StartEnv]:
     """Start an episode in the kind of kernel under test, `start(reset={…}, **options)`; closed at the end."""
     made: list[LocalREPLEnv] = []
 
     def start_one(reset: dict[str, Any] | None = None, **options: Any) -> LocalREPLEnv:
-        made.append(LocalREPLEnv(kernel_name=kernel_name, **options))
+        made.append(LocalREPLEnv(**kind.options | options))
         made[-1].reset(**{"max_iterations": 10**6} | (reset or {}))
         return made[-1]
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from kernel_env import Limits
+from tests.processes import pid_of
 
 from .conftest import MakeFacade
 
@@ -82,8 +83,7 @@ def test_a_cell_that_ends_its_kernel_is_an_observation(make: MakeFacade, code: s
 def test_a_kernel_that_dies_between_steps_is_told_by_the_next(make: MakeFacade) -> None:
     env = make()
     env.reset()
-    pid = int(env.execute("import os; print(os.getpid())").result.stdout)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_of(env), signal.SIGKILL)
     observation = env.execute("x = 1")
     assert (observation.status, observation.restarted) == ("died", True)
     assert env.execute("x = 1").status == "ok"

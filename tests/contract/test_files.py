@@ -18,7 +18,7 @@ from kernel_env import (
     ResetRequired,
 )
 
-from .conftest import StartEnv
+from .conftest import Kind, StartEnv
 
 
 def names(env: LocalREPLEnv) -> list[str]:
@@ -144,7 +144,10 @@ def test_the_working_directory_outlives_a_lost_kernel(start: StartEnv, restarts:
     assert env.read_artifact("made") == b"m"
     if restarts:
         assert env.execute("open('made').read()").observation.result.stdout == "'m'\n"
-        assert env.execute("import os; os.listdir(os.environ['HOME'])").observation.result.stdout == "[]\n"
+        assert (
+            env.execute("import os; os.listdir(os.environ['HOME'])").observation.result.stdout
+            == "['.ipython']\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,10 @@ def test_files_that_cannot_be_copied_are_refused_at_once(files: Any, match: str)
         LocalREPLEnv(files=files, limits=Limits(files_bytes=4))
 
 
-def test_a_file_that_went_away_fails_the_reset_and_leaves_nothing(tmp_path: Path, kernel_name: str) -> None:
+def test_a_file_that_went_away_fails_the_reset_and_leaves_nothing(tmp_path: Path, kind: Kind) -> None:
     source = tmp_path / "soon gone"
     source.write_text("x")
-    with LocalREPLEnv(files={"a": source, "a/b": b""}, kernel_name=kernel_name) as env:
+    with LocalREPLEnv(files={"a": source, "a/b": b""}, **kind.options) as env:
         with pytest.raises(KernelStartError, match=r"files\['a/b'\] could not be copied"):
             env.reset()
         os.unlink(source)

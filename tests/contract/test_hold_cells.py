@@ -8,7 +8,7 @@ import pytest
 
 from kernel_env import Limits, LocalREPLEnv
 
-from .conftest import StartEnv
+from .conftest import Kind, StartEnv
 from .hostile import KEPT, LOST, LOST_UNLESS_FORKED, cell
 
 NEXT = "print('next', llm_query('q'), len(context))\n40 + 2"
@@ -34,12 +34,12 @@ def test_a_kernel_that_a_cell_broke_goes_on_with_its_variables(start: StartEnv, 
 
 
 @pytest.mark.parametrize("name", LOST_UNLESS_FORKED)
-def test_a_forked_kernel_needs_less_of_ipykernel(start: StartEnv, kernel_name: str, name: str) -> None:
+def test_a_forked_kernel_needs_less_of_ipykernel(start: StartEnv, kind: Kind, name: str) -> None:
     env = start({"context": "ctx"}, llm_query_fn=str.upper)
     env.execute("kept = 1")
     env.execute(cell(LOST_UNLESS_FORKED[name]))
     is_kept = env.execute("kept").observation.result.stdout == "1\n"
-    assert is_kept == (kernel_name == "python3")
+    assert is_kept == (kind.kernel_name == "python3")
     assert_whole(env)
     assert env.execute("'kept' in globals()").observation.result.stdout == f"{is_kept}\n"
 

@@ -12,8 +12,9 @@ import pytest
 
 from kernel_env import KernelStartError, Limits, LocalREPLEnv
 from kernel_env.bridge import Bridge
+from tests.processes import pid_of
 
-from .conftest import StartEnv
+from .conftest import Kind, StartEnv
 
 DEATHS = {
     "os._exit": ("import os; os._exit(3)", "exited with code 3"),
@@ -73,13 +74,13 @@ def test_a_death_is_seen_at_once(start: StartEnv) -> None:
 def test_a_death_while_a_helper_is_called_is_seen_and_the_call_recorded(start: StartEnv) -> None:
     called = threading.Event()
 
-    def kill(pid: int) -> None:
+    def kill() -> None:
         called.set()
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of(env), signal.SIGKILL)
         threading.Event().wait(600)
 
     env = start(tools={"kill": kill})
-    observation = env.execute("import os; kill(os.getpid())").observation
+    observation = env.execute("kill()").observation
     assert (observation.status, observation.restarted) == ("died", True)
     assert observation.result.execution_time < 3
     (call,) = env.episode.turns[-1].helper_calls
@@ -90,7 +91,7 @@ def test_a_death_while_a_helper_is_called_is_seen_and_the_call_recorded(start: S
 def test_a_death_between_steps_is_told_by_the_next(start: StartEnv) -> None:
     env = start()
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
-        pid = int(env.execute("import os; print(os.getpid())").observation.result.stdout)
+        pid = pid_of(env)
         descriptor = os.pidfd_open(pid)
         os.kill(pid, number)
         select.select([descriptor], [], [], 20)
@@ -153,11 +154,9 @@ except MemoryError: pass
     assert env.execute("print('on')").observation.result.stdout == "on\n"
 
 
-def test_a_death_at_the_start_is_an_error_that_says_how(
-    kernel_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kernel_env.kernel.RUN_BOOT", "__import__('os')._exit(9)")
-    env = LocalREPLEnv(kernel_name=kernel_name)
+def test_a_death_at_the_start_is_an_error_that_says_how(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_env.live.RUN_BOOT", "__import__('os')._exit(9)")
+    env = LocalREPLEnv(**kind.options)
     begin = time.monotonic()
     with pytest.raises(KernelStartError, match="exited with code 9"):
         env.reset()
@@ -165,8 +164,8 @@ def test_a_death_at_the_start_is_an_error_that_says_how(
     env.close()
 
 
-def test_a_kernel_killed_while_it_takes_its_context_is_an_error(kernel_name: str) -> None:
-    env = LocalREPLEnv(kernel_name=kernel_name)
+def test_a_kernel_killed_while_it_takes_its_context_is_an_error(kind: Kind) -> None:
+    env = LocalREPLEnv(**kind.options)
     original = Bridge.context_piece
 
     def kill(bridge: Bridge, request: dict[str, object]) -> tuple[int, dict[str, object]]:

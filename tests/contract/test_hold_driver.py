@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from kernel_env import Limits, LocalREPLEnv, REPLObservation
+from tests.processes import pid_of
 
 from .hostile import KEPT, LOST, cell
 from .test_hold_interrupts import INTERRUPTED, KILLED
@@ -135,10 +136,7 @@ class Driver(RuleBasedStateMachine):
 
     @rule(delay=st.sampled_from([0.0, 0.05, 0.3]), number=st.sampled_from([2, 9, 15]))
     def shoot(self, delay: float, number: int) -> None:
-        shown = self.env.get_variable("__import__('os').getpid()").observation.result.stdout
-        if not shown.strip().isdigit():
-            return
-        shooter = threading.Timer(delay, self.kill, args=(int(shown), number))
+        shooter = threading.Timer(delay, self.kill, args=(pid_of(self.env), number))
         shooter.start()
         self.step("shot", "import time\nfor _ in range(20): time.sleep(0.01)")
         shooter.join()

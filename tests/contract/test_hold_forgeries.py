@@ -453,3 +453,24 @@ def test_the_time_between_a_second_client_s_cell_and_ours_is_not_ours(
         assert (observation.status, observation.result.stdout) == ("ok", "ours\n")
         assert observation.result.execution_time > 1.5
         assert_whole(env, tmp_path)
+
+
+@pytest.mark.parametrize("message", ["not json", "[]", '{"status": 0}', '{"error": "x"}', '{"forked": true}'])
+def test_what_a_kernel_says_on_its_other_sockets_changes_nothing(start: StartEnv, message: str) -> None:
+    env = start()
+    code = f"""
+import os, socket
+for fd in os.listdir('/proc/self/fd'):
+    try:
+        if os.readlink(f'/proc/self/fd/{{fd}}').startswith('socket'):
+            other = socket.socket(fileno=os.dup(int(fd)))
+            if other.family == socket.AF_UNIX and other.type == socket.SOCK_SEQPACKET:
+                other.send({message!r}.encode())
+    except OSError:
+        continue
+os._exit(3)
+"""
+    observation = env.execute(code).observation
+    assert (observation.status, observation.restarted) == ("died", True)
+    assert observation.result.exception == "KernelDied: the kernel exited with code 3"
+    assert env.execute("print('on')").observation.result.stdout == "on\n"

@@ -14,7 +14,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits
 
-from .conftest import StartEnv
+from .conftest import FORKED, SANDBOXED, StartEnv
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_handler_that_raises_costs_no_line(start: StartEnv) -> None:
     assert set(map(int, env.read_artifact("lines.json")[1:-1].split(b","))) <= set(got)
 
 
-@pytest.mark.parametrize("kernel_name", ["python3"])  # ipykernel's own publishing is not proof against it
+@pytest.mark.parametrize("kind", [SANDBOXED, FORKED])  # ipykernel's own publishing is not proof against it
 @pytest.mark.parametrize(
     "code",
     [
@@ -107,9 +107,7 @@ def test_a_handler_that_raises_costs_no_line(start: StartEnv) -> None:
     ],
     ids=["a handler that prints", "finalizers and a thread that print"],
 )
-def test_what_prints_in_the_middle_of_a_display_breaks_none(
-    start: StartEnv, kernel_name: str, code: str
-) -> None:
+def test_what_prints_in_the_middle_of_a_display_breaks_none(start: StartEnv, code: str) -> None:
     env = start(max_output_length=10**7, limits=Limits(cell_output=2**24))
     env.execute(
         "from IPython.display import display\nshown = 0\n"
@@ -163,7 +161,7 @@ def test_a_request_that_waits_behind_a_failing_async_cell_is_served(start: Start
         wait_for(lambda: (folder.work / "began").exists())
         with ThreadPoolExecutor(1) as pool:
             step = pool.submit(env.execute, "print('mine')")
-            wait_for(lambda: kernel._running is not None)
+            wait_for(lambda: kernel._live._running is not None)
             (folder.work / "go").touch()
             observation = step.result(60).observation
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from jupyter_client.manager import start_new_kernel
 
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
 from kernel_env.folder import sweep
+from tests.processes import PID_OF_ENV, pid_of, pid_outside, wait_for_the_end
 
 from .conftest import StartEnv
 
@@ -45,28 +45,13 @@ def run_host(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def wait_for_the_end(pid: int, seconds: float) -> bool:
-    """Whether a process ends in time, one that is no child of ours."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
-    finally:
-        os.close(descriptor)
-
-
-PID = "int(env.get_variable(\"__import__('os').getpid()\").observation.result.stdout)"
-
-
 @pytest.mark.parametrize(
     ("end", "code"),
     [("pass", 0), ("raise RuntimeError('between reset and close')", 1), ("import sys; sys.exit(3)", 3)],
 )
 def test_an_environment_that_is_never_closed_keeps_nothing(own_folder: Path, end: str, code: int) -> None:
     done = run_host(
-        f"env = LocalREPLEnv(); env.reset(); env.execute('x = 1'); print({PID}, flush=True)\n{end}"
+        f"env = LocalREPLEnv(); env.reset(); env.execute('x = 1'); print({PID_OF_ENV}, flush=True)\n{end}"
     )
     assert done.returncode == code, done.stderr
     assert wait_for_the_end(int(done.stdout), 2)
@@ -135,15 +120,15 @@ def test_a_kernel_goes_with_a_host_that_is_killed_and_the_folder_at_the_next_sta
 ) -> None:
     code = f"""
 import os, signal, threading
-def kill(pid):
-    print(pid, flush=True)
+def kill():
+    print({PID_OF_ENV}, flush=True)
     # The cell is in its last line when the host goes, or a moment before it.
     threading.Timer(0.3, os.kill, args=(os.getpid(), signal.SIGKILL)).start()
 env = LocalREPLEnv(tools={{"kill": kill}})
 env.reset()
 env.execute('''import os, subprocess
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-kill(os.getpid())
+kill()
 {busy}''')
 """
     done = run_host(code)
@@ -181,10 +166,10 @@ def test_the_folder_of_a_living_host_is_never_swept(start: StartEnv) -> None:
 def test_processes_in_sessions_of_their_own_go_with_their_kernel(start: StartEnv) -> None:
     code = "import subprocess\nprint(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)"
     env = start()
-    lost = int(env.execute(code).observation.result.stdout)
+    lost = pid_outside(pid_of(env), int(env.execute(code).observation.result.stdout))
     env.execute("import os; os._exit(1)")
     assert wait_for_the_end(lost, 2)
-    closed = int(env.execute(code).observation.result.stdout)
+    closed = pid_outside(pid_of(env), int(env.execute(code).observation.result.stdout))
     env.close()
     assert wait_for_the_end(closed, 2)
 

@@ -16,8 +16,9 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits, LocalREPLEnv, REPLAction, REPLEnvironment
+from tests.processes import pid_of
 
-from .conftest import StartEnv
+from .conftest import Kind, StartEnv
 
 INTERRUPTED = {
     "await": "import asyncio; await asyncio.sleep(600)",
@@ -169,12 +170,10 @@ def test_ctrl_c_in_the_caller_leaves_the_episode_usable() -> None:
 @pytest.mark.parametrize(
     "code", ["while True: pass", "import asyncio; await asyncio.sleep(600)", "llm_query('x')"]
 )
-def test_a_cancelled_step_leaves_the_episode_usable(kernel_name: str, code: str) -> None:
+def test_a_cancelled_step_leaves_the_episode_usable(kind: Kind, code: str) -> None:
     async def body() -> None:
         printed = asyncio.Event()
-        env = REPLEnvironment(
-            kernel_name=kernel_name, llm_query_fn=never, on_output=lambda output: printed.set()
-        )
+        env = REPLEnvironment(**kind.options, llm_query_fn=never, on_output=lambda output: printed.set())
         await env.reset_async()
         step = asyncio.create_task(env.step_async(REPLAction(code=f"x = 1; print('on', flush=True)\n{code}")))
         await printed.wait()
@@ -191,7 +190,7 @@ def test_a_cancelled_step_leaves_the_episode_usable(kernel_name: str, code: str)
 def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> None:
     """SIGINT at random moments: in IPython, in the report, in the streams, between cells."""
     env = start()
-    pid = int(env.execute("import os; print(os.getpid())").observation.result.stdout)
+    pid = pid_of(env)
     ended = threading.Event()
 
     def shoot() -> None:
@@ -223,7 +222,6 @@ get_ipython().kernel.comm_manager.register_target('hangs', handle)
 """
     env.execute(code)
     folder = Path(shown).parent
-    pid = int(env.get_variable("os.getpid()").observation.result.stdout)
     client = BlockingKernelClient()
     client.load_connection_file(str(folder / "connection.json"))
     client.start_channels()
@@ -233,7 +231,7 @@ get_ipython().kernel.comm_manager.register_target('hangs', handle)
         client.shell_channel.send(client.session.msg("comm_open", opening))
         while not (folder / "work" / "began").exists():
             threading.Event().wait(0.01)
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid_of(env), signal.SIGINT)
         observation = env.execute("print('on')", timeout_s=10).observation
     finally:
         client.stop_channels()

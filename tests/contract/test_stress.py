@@ -195,7 +195,7 @@ class Listener:
     """Another client of the kernel: everything on its output channel, as it came."""
 
     def __init__(self, env: LocalREPLEnv) -> None:
-        process = env._env._rollout._kernel._process  # type: ignore[union-attr]
+        process = env._env._rollout._kernel._live.process  # type: ignore[union-attr]
         info = json.loads((process.folder.path / "connection.json").read_text())
         self.by_request: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.requests: list[str] = []
