@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["Marker", "printed_marker"]
+__all__ = ["Marker", "first_marker", "printed_marker"]
 
 _PARENTHESIS = re.compile(r"[()]")
 _OPENING = re.compile(r"^(FINAL|FINAL_VAR)\(", re.MULTILINE)
@@ -35,11 +35,16 @@ def printed_marker(code: str, stdout: str) -> Marker | None:
     """
     if "FINAL" not in stdout or not _has_marker_literal(code):
         return None
-    openings = {match.end() - 1: match.group(1) for match in _OPENING.finditer(stdout)}
-    ends = _closing_parentheses(stdout, openings)
+    return first_marker(stdout)
+
+
+def first_marker(text: str) -> Marker | None:
+    """The first marker with balanced parentheses at the start of a line."""
+    openings = {match.end() - 1: match.group(1) for match in _OPENING.finditer(text)}
+    ends = _closing_parentheses(text, openings)
     for start, kind in openings.items():
         if start in ends:
-            return _marker(kind, stdout[start + 1 : ends[start]].strip())
+            return _marker(kind, text[start + 1 : ends[start]].strip())
     return None
 
 
