@@ -12,6 +12,8 @@
     │  └─ KernelDied         the kernel is gone and no other took over
     ├─ LimitExceeded         more than was asked for                      (.limit .value .maximum)
     ├─ HelperError           a helper could not be served                 (raised inside the kernel too)
+    ├─ BudgetExceeded        a run has used up what it was given          (.budget .used .maximum)
+    ├─ ModelError            a chat model could not be asked              (the cause is the user's exception)
     └─ RubricError           a user's rubric raised, or returned no number
 
 A cell that fails, runs out of time or kills its kernel raises nothing: it is an observation.
@@ -25,6 +27,7 @@ from contextlib import contextmanager
 
 __all__ = [
     "ArtifactError",
+    "BudgetExceeded",
     "ConfigError",
     "EpisodeOver",
     "HelperError",
@@ -33,6 +36,7 @@ __all__ = [
     "KernelError",
     "KernelStartError",
     "LimitExceeded",
+    "ModelError",
     "ResetRequired",
     "RubricError",
     "SandboxUnavailable",
@@ -98,6 +102,28 @@ class HelperError(KernelEnvError):
     A user function that raises this chooses the text the model reads; of any other exception
     the model is told the type alone, because messages can hold paths, keys or prompts.
     """
+
+
+class ModelError(KernelEnvError):
+    """Raised when the model of a run cannot be asked, or replies with something that is no text.
+
+    `is_transient`: the same request may succeed later; `retry_after` seconds, if the server said so.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.is_transient, self.retry_after = is_transient, retry_after
+
+
+class BudgetExceeded(KernelEnvError):
+    """Raised when a run has used up one of its budgets; says which, how much, and how much there was."""
+
+    def __init__(self, budget: str, used: float, maximum: float) -> None:
+        super().__init__(budget, used, maximum)
+        self.budget, self.used, self.maximum = budget, used, maximum
+
+    def __str__(self) -> str:
+        return f"the budget of the run is used up: {self.budget} {self.used:,.6g} of {self.maximum:,.6g}"
 
 
 class RubricError(KernelEnvError):

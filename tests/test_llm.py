@@ -1,0 +1,202 @@
+"""Chat models, against a real HTTP server on loopback that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernel_env import ChatReply, ConfigError, HFChatModel, LocalRLMRunner, ModelError, ScriptedChatModel
+from kernel_env.notebook import to_notebook
+
+ASK = [{"role": "user", "content": "hello"}]
+TOKEN = "hf_secret_token"
+
+
+def completion(text: str | None, **usage: int) -> bytes:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    reply = {
+        "id": "1",
+        "created": 1,
+        "model": "served",
+        "object": "chat.completion",
+        "system_fingerprint": "",
+    }
+    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18, **usage}
+    return json.dumps({**reply, "choices": [choice], "usage": usage}).encode()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next of its replies: (status, body, headers, seconds of waiting)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies: list[tuple[int, bytes, dict[str, str], float]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.tokens: list[str | None] = []
+
+    def say(
+        self, body: bytes, status: int = 200, headers: dict[str, str] | None = None, wait: float = 0.0
+    ) -> None:
+        self.replies.append((status, body, headers or {}, wait))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.requests.append(json.loads(body))
+        self.server.tokens.append(self.headers.get("authorization"))
+        status, reply, headers, wait = self.server.replies.pop(0)
+        time.sleep(wait)
+        if status == 0:  # cut off in the middle
+            self.send_response(200)
+            self.send_header("content-length", str(len(reply) * 2))
+            self.end_headers()
+            self.wfile.write(reply)
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {"content-length": str(len(reply)), "content-type": "application/json"}.items():
+            self.send_header(name, value)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server: Server, **options: Any) -> ChatReply:
+    model = HFChatModel("m", base_url=server.url, token=TOKEN, **options)
+    return asyncio.run(model(ASK))
+
+
+def test_a_reply_comes_with_what_it_took(server: Server) -> None:
+    server.say(completion("hi"))
+    reply = ask(server, temperature=0.5)
+    assert (reply.text, reply.prompt_tokens, reply.completion_tokens, reply.model) == ("hi", 11, 7, "served")
+    assert server.requests[0]["messages"] == ASK
+    assert (server.requests[0]["model"], server.requests[0]["temperature"]) == ("m", 0.5)
+    assert server.tokens == [f"Bearer {TOKEN}"]
+
+
+def test_a_call_may_name_another_model(server: Server) -> None:
+    server.say(completion("hi"))
+    asyncio.run(HFChatModel("m", base_url=server.url, token=TOKEN)(ASK, "other"))
+    assert server.requests[0]["model"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [(429, {"Retry-After": "0.2"}), (429, {}), (500, {}), (503, {}), (0, {})]
+)
+def test_what_may_pass_is_asked_again(server: Server, status: int, headers: dict[str, str]) -> None:
+    server.say(b'{"error": {"message": "slow down"}}', status, headers)
+    server.say(completion("at last"))
+    begin = time.monotonic()
+    assert ask(server).text == "at last"
+    if "Retry-After" in headers:
+        assert 0.2 <= time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (404, b'{"error": {"message": "no model m here"}}', "replied 404: .*no model m here"),
+        (401, b'{"error": {"message": "bad token"}}', "replied 401"),
+        (400, b'{"error": {"message": "context too long"}}', "replied 400: .*context too long"),
+        (200, b"not json", "no chat completion"),
+        (200, b"\xff\xfe", "no chat completion"),
+        (200, b'{"choices": []}', "no chat completion"),
+        (200, b"[]", "no chat completion"),
+    ],
+)
+def test_what_will_not_pass_is_an_error_at_once(server: Server, status: int, body: bytes, words: str) -> None:
+    server.say(body, status)
+    with pytest.raises(ModelError, match=words) as caught:
+        ask(server)
+    assert not caught.value.is_transient
+    assert len(server.requests) == 1
+    assert TOKEN not in str(caught.value)
+
+
+def test_attempts_are_bounded(server: Server) -> None:
+    for _ in range(3):
+        server.say(b"{}", 500)
+    with pytest.raises(ModelError, match="replied 500"):
+        ask(server, attempts=2)
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_takes_too_long_or_is_not_there_is_a_clear_error(server: Server) -> None:
+    server.say(completion("late"), wait=3)
+    with pytest.raises(ModelError, match=r"no reply within 0\.5 s|cannot be reached"):
+        ask(server, timeout=0.5, attempts=1)
+    nobody = HFChatModel("m", base_url="http://127.0.0.1:9/v1", token=TOKEN, attempts=1, timeout=5)
+    with pytest.raises(ModelError, match="the server cannot be reached"):
+        asyncio.run(nobody(ASK))
+
+
+def test_a_huge_reply_and_none_are_replies(server: Server) -> None:
+    server.say(completion("x" * 5_000_000))
+    assert len(ask(server).text) == 5_000_000
+    server.say(completion(None))
+    assert ask(server).text == ""
+
+
+def test_the_token_is_nowhere(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.say(b"{}", 500)
+    server.say(completion("```repl\nFINAL(1)\n```"))
+    model = HFChatModel("m", base_url=server.url, token=TOKEN)
+    result = LocalRLMRunner(model).run("", "t")
+    assert result.final_answer == "1"
+    assert result.usage.prompt_tokens == 11
+    assert result.usage_by_model.keys() == {"served"}
+    assert TOKEN not in repr(model) + caplog.text + json.dumps(to_notebook(result.episode))
+
+
+def test_without_a_model_or_a_server_there_is_nobody_to_ask() -> None:
+    with pytest.raises(ConfigError, match="give a model, or the base_url"):
+        HFChatModel()
+    with pytest.raises(ConfigError, match="timeout = 0"):
+        HFChatModel("m", timeout=0)
+
+
+def test_a_script_of_replies_a_function_and_a_notebook(tmp_path: Path) -> None:
+    listed = ScriptedChatModel(["one", "two"])
+    assert [asyncio.run(listed(ASK)).text for _ in range(2)] == ["one", "two"]
+    with pytest.raises(ModelError, match="the script has 2 replies"):
+        asyncio.run(listed(ASK))
+    assert listed.asked == [ASK] * 3
+    called = ScriptedChatModel(lambda messages: messages[-1]["content"].upper())
+    assert asyncio.run(called(ASK)).text == "HELLO"
+    (tmp_path / "script.py").write_text("# %%\nx = len(context)\n# %%\nFINAL(x)")
+    result = LocalRLMRunner(ScriptedChatModel(tmp_path / "script.py")).run("abc", "t")
+    assert (result.final_answer, result.iterations) == ("3", 2)
+    with pytest.raises(ConfigError, match="give replies"):
+        ScriptedChatModel([5])  # type: ignore[list-item]
