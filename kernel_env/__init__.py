@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
+from kernel_env.budget import Budget, ModelUsage
 from kernel_env.calls import HelperFailure
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, HelperCall, Turn
 from kernel_env.errors import (
     ArtifactError,
+    BudgetExceeded,
     ConfigError,
     EpisodeOver,
     HelperError,
@@ -18,13 +20,24 @@ from kernel_env.errors import (
     KernelError,
     KernelStartError,
     LimitExceeded,
+    ModelError,
     ResetRequired,
     RubricError,
     SandboxUnavailable,
     UsageError,
 )
+from kernel_env.llm import ChatModel, ChatReply, HFChatModel, ScriptedChatModel
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import to_notebook, write_notebook
+from kernel_env.prompts import (
+    RLM_SYSTEM_PROMPT,
+    RLM_SYSTEM_PROMPT_QWEN,
+    QueryMetadata,
+    build_rlm_system_prompt,
+    build_user_prompt,
+    extract_code_blocks,
+    format_observations,
+)
 from kernel_env.rubrics import (
     CodeExecutionRubric,
     CustomMetricRubric,
@@ -33,12 +46,20 @@ from kernel_env.rubrics import (
     REPLRubric,
     Rubric,
 )
+from kernel_env.runner import ChildTrace, LocalRLMRunner, RLMRunResult
 from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult, Usage
 from kernel_env.workdir import Artifact
 
 __all__ = [
+    "RLM_SYSTEM_PROMPT",
+    "RLM_SYSTEM_PROMPT_QWEN",
     "Artifact",
     "ArtifactError",
+    "Budget",
+    "BudgetExceeded",
+    "ChatModel",
+    "ChatReply",
+    "ChildTrace",
     "CodeBlockResult",
     "CodeExecutionRubric",
     "ConfigError",
@@ -47,6 +68,7 @@ __all__ = [
     "EpisodeOver",
     "ExactMatchRubric",
     "FuzzyMatchRubric",
+    "HFChatModel",
     "HelperCall",
     "HelperError",
     "HelperFailure",
@@ -57,19 +79,29 @@ __all__ = [
     "LimitExceeded",
     "Limits",
     "LocalREPLEnv",
+    "LocalRLMRunner",
+    "ModelError",
+    "ModelUsage",
+    "QueryMetadata",
     "REPLAction",
     "REPLEnvironment",
     "REPLObservation",
     "REPLRubric",
     "REPLState",
+    "RLMRunResult",
     "ResetRequired",
     "Rubric",
     "RubricError",
     "SandboxUnavailable",
+    "ScriptedChatModel",
     "StepResult",
     "Turn",
     "Usage",
     "UsageError",
+    "build_rlm_system_prompt",
+    "build_user_prompt",
+    "extract_code_blocks",
+    "format_observations",
     "to_notebook",
     "write_notebook",
 ]
@@ -78,5 +110,6 @@ logging.getLogger("kernel_env").addHandler(logging.NullHandler())
 
 for _name in __all__:
     # So that reprs and tracebacks say kernel_env.ConfigError, whatever file it lives in.
-    globals()[_name].__module__ = "kernel_env"
+    if not isinstance(globals()[_name], str):
+        globals()[_name].__module__ = "kernel_env"
 del _name

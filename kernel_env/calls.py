@@ -6,13 +6,14 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from kernel_env.episode import HelperCall
 from kernel_env.errors import HelperError
 
-__all__ = ["Cell", "Helper", "HelperFailure"]
+__all__ = ["Cell", "Helper", "HelperFailure", "note_to_cell"]
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -57,6 +58,16 @@ class Helper:
         return args, kwargs
 
 
+_serving: ContextVar[Cell | None] = ContextVar("kernel_env_cell", default=None)
+
+
+def note_to_cell(note: str) -> None:
+    """In code that serves a helper call: have the cell that made it tell this to its policy."""
+    cell = _serving.get()
+    if cell is not None and note not in cell.notes:
+        cell.notes.append(note)
+
+
 @dataclass
 class Cell:
     """The helper calls of one execution: what is in flight, what has ended, how long it waited."""
@@ -70,6 +81,8 @@ class Cell:
     on_broken: Callable[[str], None] | None = None
     """Called when the kernel says why it cannot reply to this request."""
     in_flight: set[asyncio.Task[None]] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    """What is to be told of its calls."""
     _waited: float = 0.0
     _waiting_since: float = 0.0
 
@@ -79,6 +92,7 @@ class Cell:
         return self._waited + (time.monotonic() - self._waiting_since if self.in_flight else 0.0)
 
     def enter(self, task: asyncio.Task[None]) -> None:
+        _serving.set(self)
         if not self.in_flight:
             self._waiting_since = time.monotonic()
         self.in_flight.add(task)

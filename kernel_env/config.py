@@ -170,11 +170,12 @@ class EnvConfig:
     def _refuse_what_is_not_there(self) -> None:
         if self.rlm_max_depth != 1:
             raise ConfigError(
-                f"rlm_max_depth={self.rlm_max_depth!r}: this version has no runner; give subcall_fn"
+                f"rlm_max_depth={self.rlm_max_depth!r}: an environment asks no model; use LocalRLMRunner"
             )
         if self.rlm_max_iterations is not None:
             raise ConfigError(
-                f"rlm_max_iterations={self.rlm_max_iterations!r}: this version has no runner; give subcall_fn"
+                f"rlm_max_iterations={self.rlm_max_iterations!r}: an environment asks no model; "
+                "use LocalRLMRunner"
             )
 
 
@@ -202,6 +203,12 @@ def check_seconds(name: str, value: object) -> None:
         or (not 0 < value < 10**300 and value != math.inf)
     ):
         raise ConfigError(f"{name} = {value!r}; give seconds > 0")
+
+
+def check_amount(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a number above zero; infinity is one."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(f"{name} = {value!r}; give a number > 0")
 
 
 def _check_tool(name: object, tool: object) -> None:

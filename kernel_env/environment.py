@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kernel_env import portal
+from kernel_env.calls import Helper
 from kernel_env.config import EnvConfig, Limits, check_count, check_seconds, check_text, from_env
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import ConfigError, ResetRequired, UsageError
+from kernel_env.helpers import HostHelpers
 from kernel_env.rollout import Rollout
 from kernel_env.rubrics import REPLRubric, Scorer
 from kernel_env.types import EnvironmentMetadata, REPLAction, REPLObservation, REPLState
@@ -170,6 +172,11 @@ class REPLEnvironment:
         if self._episode is None:
             raise ResetRequired("there is no episode yet; call reset() first")
         return self._episode
+
+    @property
+    def helpers(self) -> dict[str, Helper]:
+        """Name → helper, of what this environment puts into its kernels."""
+        return HostHelpers(self._config).available()
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Name, description and version, for a server or a registry; the name is OpenEnv's."""
@@ -350,8 +357,8 @@ def _refuse_what_is_not_there(**options: Any) -> None:
     for name, value in options.items():
         if value is not None:
             raise ConfigError(
-                f"reset({name}=…): this version has no model client and no runner; "
-                "give the environment llm_query_fn or subcall_fn"
+                f"reset({name}=…): an environment asks no model by itself; "
+                "use LocalRLMRunner with an HFChatModel, or give llm_query_fn or subcall_fn"
             )
 
 

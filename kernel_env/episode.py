@@ -49,6 +49,16 @@ class Turn(BaseModel):
     helper_calls: tuple[HelperCall, ...] = ()
 
 
+class SkippedBlocks(BaseModel):
+    """What was not run of a reply."""
+
+    model_config = ConfigDict(frozen=True)
+
+    after_turn: int
+    """The turn that ended the episode, counted from 1."""
+    blocks: list[str]
+
+
 class Episode(BaseModel):
     """An episode as a list of turns. The environment appends; everybody else reads."""
 
@@ -71,6 +81,12 @@ class Episode(BaseModel):
     turns: list[Turn] = Field(default_factory=list)
     done_reason: DoneReason | None = None
     final_answer: str | None = None
+    messages: list[dict[str, str]] = Field(default_factory=list)
+    """The conversation of a run, whole; empty where no runner asked a model."""
+    skipped: list[SkippedBlocks] = Field(default_factory=list)
+    """Blocks of replies that were not run, because one before them had ended the episode."""
+    children: list[Episode] = Field(default_factory=list)
+    """The episodes that `rlm_query` started, in the order in which they ended."""
 
     @property
     def done(self) -> bool:

@@ -205,6 +205,7 @@ class Running:
         report = _report(reply)
         notes = [f"Restored: {', '.join(report.restored)}."] if report and report.restored else []
         notes += report.notes if report else []
+        notes += self.cell.notes
         self._show_pages(reply)
         if why is not None:
             told_to = self.stop_reason is not None

@@ -18,7 +18,7 @@ from kernel_env.config import EnvConfig
 from kernel_env.errors import HelperError, UsageError
 from kernel_env.portal import as_async
 
-__all__ = ["HostHelpers"]
+__all__ = ["Adapted", "HostHelpers"]
 
 log = logging.getLogger("kernel_env.helpers")
 
@@ -113,7 +113,7 @@ class HostHelpers:
     async def _llm_batch(self, prompts: list[str], model: str | None) -> list[str]:
         return await self._many("llm_query_batched", self._batch, prompts, model=model)
 
-    async def _text(self, name: str, function: _Adapted | None, prompt: str, **options: Any) -> str:
+    async def _text(self, name: str, function: Adapted | None, prompt: str, **options: Any) -> str:
         if function is None:
             raise HelperError(
                 f"{name}: this environment has no function that takes a context (give subcall_fn)"
@@ -124,7 +124,7 @@ class HostHelpers:
             raise HelperError(f"{name} failed: the host's function returned {type(reply).__name__}, not str")
         return reply
 
-    async def _each(self, name: str, function: _Adapted | None, calls: Sequence[dict[str, Any]]) -> list[str]:
+    async def _each(self, name: str, function: Adapted | None, calls: Sequence[dict[str, Any]]) -> list[str]:
         async def one(prompt: str, **options: Any) -> str:
             try:
                 return await self._text(name, function, prompt, **options)
@@ -136,7 +136,7 @@ class HostHelpers:
         return [task.result() for task in tasks]
 
     async def _many(
-        self, name: str, function: _Adapted | None, prompts: list[str], **options: Any
+        self, name: str, function: Adapted | None, prompts: list[str], **options: Any
     ) -> list[str]:
         _check_texts(name, prompts)
         if not prompts:
@@ -159,7 +159,7 @@ class HostHelpers:
             for index, reply in enumerate(replies)
         ]
 
-    async def _call(self, name: str, function: _Adapted, subject: Any, options: dict[str, Any]) -> Any:
+    async def _call(self, name: str, function: Adapted, subject: Any, options: dict[str, Any]) -> Any:
         untaken = {key for key, value in options.items() if value is not None} - function.options
         if missing := sorted(untaken - {"model"}):  # a function of the prompt alone has one model
             raise HelperError(f"{name}: the host's function does not take {', '.join(missing)}")
@@ -193,7 +193,7 @@ class HostHelpers:
         return Helper(guarded, _signature(tool) or _ANYTHING, inspect.getdoc(tool) or "")
 
 
-class _Adapted:
+class Adapted:
     """A user's model function as a coroutine function that takes exactly the options in `options` by keyword.
 
     What it can take is read from its signature once: trying and catching TypeError would call a model
@@ -224,8 +224,8 @@ class _Adapted:
         return await self._call(subject, *args, **options)
 
 
-def _adapt(function: Callable[..., Any] | None, *names: str) -> _Adapted | None:
-    return None if function is None else _Adapted(function, names)
+def _adapt(function: Callable[..., Any] | None, *names: str) -> Adapted | None:
+    return None if function is None else Adapted(function, names)
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

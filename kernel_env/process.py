@@ -334,7 +334,10 @@ def _kill_what_is_left() -> None:
         if process._owner != os.getpid():
             continue
         if process._loop.is_running():  # in another thread: what that reads from must not be closed under it
-            asyncio.run_coroutine_threadsafe(process.kill_soon(), process._loop).result(5)
+            try:
+                asyncio.run_coroutine_threadsafe(process.kill_soon(), process._loop).result(5)
+            except TimeoutError:
+                log.warning("kernel %d was not ended in time; it ends with this process", process.pid)
         else:
             process.kill_now()
     templates.close_templates()
