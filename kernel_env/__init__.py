@@ -38,6 +38,7 @@ from kernel_env.prompts import (
     extract_code_blocks,
     format_observations,
 )
+from kernel_env.recursion import ChildTrace, RLMRunResult
 from kernel_env.rubrics import (
     CodeExecutionRubric,
     CustomMetricRubric,
@@ -46,7 +47,7 @@ from kernel_env.rubrics import (
     REPLRubric,
     Rubric,
 )
-from kernel_env.runner import ChildTrace, LocalRLMRunner, RLMRunResult
+from kernel_env.runner import LocalRLMRunner
 from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult, Usage
 from kernel_env.workdir import Artifact
 

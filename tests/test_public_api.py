@@ -39,6 +39,7 @@ LAYERS = [
     {"notebook", "example", "example_cells"},
     {"local"},
     {"prompts", "llm"},
+    {"recursion"},
     {"runner"},
     {"cli"},
     {"__init__", "__main__"},

@@ -1,0 +1,407 @@
+"""One run of a tree of runs: an episode, the conversation about it, and the children that its cells start."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kernel_env.answer import first_marker
+from kernel_env.budget import ModelUsage, Spending
+from kernel_env.calls import HelperFailure, note_to_cell
+from kernel_env.environment import REPLEnvironment
+from kernel_env.episode import Episode, SkippedBlocks
+from kernel_env.errors import BudgetExceeded, HelperError, ModelError
+from kernel_env.helpers import Adapted
+from kernel_env.prompts import (
+    QueryMetadata,
+    build_rlm_system_prompt,
+    build_user_prompt,
+    describe_helpers,
+    extract_code_blocks,
+    format_observations,
+)
+from kernel_env.types import REPLAction, REPLObservation
+
+__all__ = ["ChildTrace", "RLMRunResult", "Run", "RunConfig", "Tree"]
+
+log = logging.getLogger("kernel_env.runner")
+
+_PREVIEW = 200
+_NO_CODE = (
+    "There was no code in that reply. Go on with a ```repl block, or submit your answer in one with "
+    "FINAL(…) or FINAL_VAR(…)."
+)
+_LAST = (
+    "You have run out of REPL iterations. Give the best answer you can now, from what you have seen: write "
+    "FINAL(your answer) on a line of its own, or FINAL_VAR(name) for a variable. No more code runs."
+)
+_SUBMIT_WHAT_THERE_IS = """\
+# The budget of the run is used up.
+if isinstance(answer, dict) and answer.get('content'):
+    answer['ready'] = True
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How the runs of a tree work; the arguments of `LocalRLMRunner`, checked."""
+
+    chat_fn: Callable[..., Any]
+    chat: Adapted
+    system_prompt: str
+    max_iterations: int
+    max_depth: int
+    depth: int
+    env_max_iterations_multiplier: int
+    backend_factory: Callable[..., Any] | None
+    max_children_total: int | None
+    max_children_per_batch: int | None
+    result_truncation_limit: int | None
+    per_child_timeout_s: float | None
+    on_subcall_start: Callable[[int, str, str], Any] | None
+    on_subcall_complete: Callable[[int, str, float, str | None], Any] | None
+    log_level: int
+    tools: Mapping[str, Callable[..., Any]]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of every `REPLEnvironment`."""
+
+
+@dataclass(frozen=True)
+class ChildTrace:
+    """One child run, as the run that started it saw it."""
+
+    depth: int
+    duration_s: float
+    prompt_preview: str
+    result_preview: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class RLMRunResult:
+    """How a run ended."""
+
+    final_answer: str | None
+    messages: list[dict[str, str]]
+    """The conversation, with the last reply."""
+    iterations: int
+    """Replies of the model that were acted on."""
+    depth: int
+    child_traces: list[ChildTrace]
+    """Of this run's own children, in the order in which they ended."""
+    episode: Episode
+    """The record, with those of the children."""
+    usage: ModelUsage
+    """Of this run and all its children; of a child's result, of the whole tree so far."""
+    usage_by_model: dict[str, ModelUsage]
+    usage_by_depth: dict[int, ModelUsage]
+    stopped_by: str | None
+    """The budget that ended the run, with what was used of it; None if none did."""
+
+
+class Tree:
+    """What all runs of one tree share.
+
+    A child has one of its level's places for as long as it lives, so that there are never more kernels than
+    these, and one of the workers' while it works. Who holds a place of a level waits for deeper ones alone,
+    and the deepest level waits for none: so no tree can wait for itself.
+    """
+
+    def __init__(self, workers: int, depth: int, spending: Spending) -> None:
+        self.spending = spending
+        self.workers = asyncio.Semaphore(workers)
+        self.levels = [asyncio.Semaphore(workers) for _ in range(depth + 1)]
+        self.children = 0
+        """Children that were started."""
+
+    async def spending_left(self) -> dict[str, float | None]:
+        """What is left of the whole run's budget: tokens, cost, seconds, …; None where there is no bound."""
+        return self.spending.left()
+
+
+class _Work:
+    """A child's place among the workers, lent to its own children while it waits for them."""
+
+    def __init__(self, workers: asyncio.Semaphore) -> None:
+        self._workers = workers
+        self._is_held = False
+        self._waits = 0
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        await self._take()
+        try:
+            yield
+        finally:
+            self._give_back()
+
+    @contextlib.asynccontextmanager
+    async def lent(self) -> AsyncIterator[None]:
+        self._waits += 1
+        self._give_back()
+        try:
+            yield
+        finally:
+            self._waits -= 1  # several threads of a cell may wait at once
+        if self._waits == 0:
+            await self._take()
+
+    async def _take(self) -> None:
+        await self._workers.acquire()
+        self._is_held = True
+
+    def _give_back(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._workers.release()
+
+
+class Run:
+    """One run of the tree: one episode, and the conversation about it."""
+
+    def __init__(self, config: RunConfig, tree: Tree, work: _Work | None, model: str | None) -> None:
+        self._config = config
+        self._tree = tree
+        self._work = work
+        self._model = model
+        self._traces: list[ChildTrace] = []
+        self._children: list[Episode] = []
+        self.record: Episode | None = None
+
+    async def go(self, context: Any, task_prompt: str, expected_answer: Any = None) -> RLMRunResult:
+        config = self._config
+        tools = {**config.tools, "budget": self._tree.spending_left}
+        steps = config.max_iterations * config.env_max_iterations_multiplier
+        options = {**config.environment, "tools": tools, "max_iterations": steps, **self._functions()}
+        env = REPLEnvironment(**options)
+        try:
+            first = await env.reset_async(
+                context=context, task_prompt=task_prompt, expected_answer=expected_answer
+            )
+            record = self.record = env.episode
+            record.children = self._children
+            metadata = QueryMetadata.of(context, first.context_length)
+            notes = [describe_helpers(env.helpers)]
+            record.messages = build_rlm_system_prompt(config.system_prompt, metadata, notes=notes)
+            stopped_by = None
+            try:
+                iterations = await self._converse(env, task_prompt)
+            except BudgetExceeded as breach:
+                stopped_by = str(breach)
+                iterations = sum(message["role"] == "assistant" for message in record.messages)
+                if not record.done:
+                    await env.step_async(REPLAction(code=_SUBMIT_WHAT_THERE_IS))
+        finally:
+            await env.close_async()
+        spending = self._tree.spending
+        return RLMRunResult(
+            final_answer=record.final_answer,
+            messages=record.messages,
+            iterations=iterations,
+            depth=config.depth,
+            child_traces=self._traces,
+            episode=record,
+            usage=spending.total,
+            usage_by_model=dict(spending.by_model),
+            usage_by_depth=dict(spending.by_depth),
+            stopped_by=stopped_by,
+        )
+
+    async def _converse(self, env: REPLEnvironment, task_prompt: str) -> int:
+        config, messages = self._config, env.episode.messages
+        messages.append(build_user_prompt(task_prompt))
+        for iteration in range(1, config.max_iterations + 1):
+            reply = await self._ask(messages)
+            messages.append({"role": "assistant", "content": reply})
+            blocks = extract_code_blocks(reply)
+            log.log(config.log_level, "depth %d, turn %d: %d blocks", config.depth, iteration, len(blocks))
+            observations = await self._execute(env, blocks)
+            if env.episode.done:
+                if env.episode.final_answer is None:
+                    break
+                return iteration
+            shown = format_observations(observations, blocks) if blocks else _NO_CODE
+            following = build_user_prompt(task_prompt, iteration)["content"]
+            messages.append({"role": "user", "content": f"{shown}\n\n{following}"})
+        await self._ask_for_the_last(env)
+        return iteration
+
+    async def _execute(self, env: REPLEnvironment, blocks: list[str]) -> list[REPLObservation]:
+        observations = []
+        for number, block in enumerate(blocks, start=1):
+            observations.append(await env.step_async(REPLAction(code=block)))
+            if observations[-1].done:
+                if blocks[number:]:
+                    skipped = SkippedBlocks(after_turn=len(env.episode.turns), blocks=blocks[number:])
+                    env.episode.skipped.append(skipped)
+                break
+        return observations
+
+    async def _ask_for_the_last(self, env: REPLEnvironment) -> None:
+        """Without iterations left, what the model says is the answer."""
+        messages = env.episode.messages
+        if messages[-1]["role"] == "user":
+            messages[-1] = {"role": "user", "content": f"{messages[-1]['content']}\n\n{_LAST}"}
+        else:
+            messages.append({"role": "user", "content": _LAST})
+        reply = await self._ask(messages)
+        messages.append({"role": "assistant", "content": reply})
+        marker = first_marker(reply)
+        if marker is not None and marker.is_variable and not env.episode.done:
+            await env.step_async(REPLAction(code=f"FINAL_VAR({marker.text!r})"))
+            return
+        answer = reply.strip() if marker is None else _literal(marker.text)
+        if answer and not env.episode.done:
+            await env.step_async(REPLAction(is_final=True, final_answer=answer))
+        elif answer:
+            env.episode.final_answer = answer
+
+    async def _ask(self, messages: list[dict[str, str]]) -> str:
+        spending = self._tree.spending
+        while True:
+            spending.check()
+            try:
+                return await self._ask_once(messages)
+            except ModelError:
+                if not spending.may_fail_again():
+                    raise
+                log.warning("the model failed and is asked again", exc_info=True)
+
+    async def _ask_once(self, messages: list[dict[str, str]]) -> str:
+        given = [dict(message) for message in messages]  # the function may keep or change it
+        options = {"model": self._model} if "model" in self._config.chat.options else {}
+        try:
+            reply = await self._config.chat.call(given, **options)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the model could not be asked: {type(error).__name__}: {error}") from error
+        text = reply if isinstance(reply, str) else getattr(reply, "text", None)
+        if not isinstance(text, str):
+            raise ModelError(f"the model replied with {type(reply).__name__}, which is no text")
+        self._tree.spending.add(reply, self._model, self._config.depth)
+        return text
+
+    # What the kernel's helpers come to.
+
+    def _functions(self) -> dict[str, Any]:
+        config = self._config
+        if config.backend_factory is None:
+            return {"llm_query_fn": self._query, "subcall_fn": self._child, "subcall_batch_fn": self._batch}
+        backend = config.backend_factory(
+            config.chat_fn,
+            system_prompt=config.system_prompt,
+            max_iterations=config.max_iterations,
+            depth=config.depth,
+            env_max_iterations_multiplier=config.env_max_iterations_multiplier,
+        )
+        return {
+            "llm_query_fn": backend.query,
+            "llm_batch_fn": backend.query_batched,
+            "subcall_fn": backend.recursive_query,
+            "subcall_batch_fn": backend.recursive_query_batched,
+        }
+
+    async def _query(self, prompt: str, model: str | None = None) -> str:
+        run = Run(self._config, self._tree, None, model or self._model)
+        try:
+            return await run._ask([{"role": "user", "content": prompt}])
+        except BudgetExceeded as breach:
+            raise HelperError(f"llm_query: {breach}") from None
+
+    async def _batch(
+        self, prompts: list[str], model: str | None = None, contexts: list[Any] | None = None
+    ) -> list[str]:
+        most = self._config.max_children_per_batch
+
+        async def one(number: int) -> str:
+            if most is not None and number >= most:
+                raise HelperError(f"rlm_query_batched: a batch has at most {most} children")
+            return await self._child(prompts[number], model, contexts[number] if contexts else None)
+
+        async def item(number: int) -> str | HelperFailure:
+            try:
+                return await one(number)
+            except HelperError as error:
+                return HelperFailure(error)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(item(number)) for number in range(len(prompts))]
+        return [task.result() for task in tasks]
+
+    async def _child(self, prompt: str, model: str | None = None, context: Any = None) -> str:
+        config, depth = self._config, self._config.depth + 1
+        if depth >= config.max_depth:
+            return await self._query(prompt if context is None else f"{prompt}\n\n{_text(context)}", model)
+        if config.max_children_total is not None and self._tree.children >= config.max_children_total:
+            raise HelperError(f"rlm_query: the run has had its {config.max_children_total} children")
+        self._tree.children += 1
+        if self._work is None:
+            return await self._run_child(prompt, model, context)
+        async with self._work.lent():
+            return await self._run_child(prompt, model, context)
+
+    async def _run_child(self, prompt: str, model: str | None, context: Any) -> str:
+        config = replace(self._config, depth=self._config.depth + 1)
+        work = _Work(self._tree.workers)
+        async with self._tree.levels[config.depth], work.held():
+            began, told = time.monotonic(), model or self._model or ""
+            _tell(config.on_subcall_start, config.depth, told, prompt[:_PREVIEW])
+            answer, failure = "", None
+            run = Run(config, self._tree, work, model or self._model)
+            try:
+                async with asyncio.timeout(config.per_child_timeout_s):
+                    result = await run.go(prompt if context is None else context, prompt)
+                if result.final_answer is None:
+                    raise HelperError("rlm_query: the child gave no answer")
+                answer = result.final_answer
+            except BudgetExceeded as breach:
+                failure = str(breach)
+                raise HelperError(f"rlm_query: {breach}") from None
+            except TimeoutError:
+                failure = f"the child took more than {config.per_child_timeout_s:g} s"
+                raise HelperError(f"rlm_query: {failure}") from None
+            except BaseException as error:
+                failure = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                if run.record is not None:
+                    self._children.append(run.record)
+                seconds = time.monotonic() - began
+                self._traces.append(
+                    ChildTrace(config.depth, seconds, prompt[:_PREVIEW], answer[:_PREVIEW], failure)
+                )
+                _tell(config.on_subcall_complete, config.depth, told, seconds, failure)
+        limit = config.result_truncation_limit
+        if limit is None or len(answer) <= limit:
+            return answer
+        note_to_cell(f"An answer of a child was cut to result_truncation_limit = {limit} characters.")
+        return answer[:limit]
+
+
+def _tell(callback: Callable[..., Any] | None, *arguments: Any) -> None:
+    if callback is not None:
+        try:
+            callback(*arguments)
+        except Exception:
+            log.exception("a callback raised; the run goes on")
+
+
+def _text(context: Any) -> str:
+    return context if isinstance(context, str) else json.dumps(context, ensure_ascii=False)
+
+
+def _literal(text: str) -> str:
+    """An answer in quotes, without them."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, str) else text
