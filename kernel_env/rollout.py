@@ -31,7 +31,7 @@ from kernel_env.kernel import Kernel
 from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
 from kernel_env.pool import start_kernel
 from kernel_env.rubrics import Scorer
-from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation
+from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation, Usage
 from kernel_env.workdir import copy_in
 
 __all__ = ["Rollout"]
@@ -361,6 +361,8 @@ def _turn_of(action: REPLAction, observation: REPLObservation, execution: Execut
 
 def _own(value: Any) -> Any:
     """A copy of a wire type that shares no container with it: `deepcopy`, faster where all is plain data."""
+    if isinstance(value, Usage):  # it cannot be changed
+        return value
     if isinstance(value, BaseModel):
         fields = {name: _own(item) for name, item in value if type(item) not in _PLAIN}
         return value.model_copy(update=fields)

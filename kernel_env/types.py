@@ -68,7 +68,8 @@ class Usage(BaseModel):
     cpu: float
     """Processor seconds of the kernel and of the processes it started, as far as those were seen."""
     peak_memory: int
-    """Bytes in memory, the most at once, the template's shared pages included."""
+    """Bytes in memory, the most at once, the template's shared pages included; of a cell of less than 5 ms,
+    those at its end."""
     bytes_out: int
     """Bytes of the messages that it published."""
     processes: int

@@ -57,6 +57,13 @@ def private_and_proportional(pid: int) -> tuple[float, float]:
     return (fields["Private_Clean"] + fields["Private_Dirty"]) / 1024, fields["Pss"] / 1024
 
 
+def family(pid: int) -> list[int]:
+    """A template's process and, in a sandbox, the one in the namespace, which it watches."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    inner = [int(child) for child in children if "template.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [pid] if len(inner) != 1 else [pid, *inner]
+
+
 def pid_of(env: REPLEnvironment) -> int:
     return env._rollout._kernel._live.process.pid  # type: ignore[union-attr]
 
@@ -177,7 +184,7 @@ async def many(numbers: list[int]) -> list[dict[str, float]]:
             one_more.append(await timed(first_result(env)))
             await env.close_async()
         pids = [pid_of(env) for env in envs]
-        hosts = [template._process.pid for template in templates._templates.values()]
+        hosts = [pid for template in templates._templates.values() for pid in family(template._process.pid)]
         memory = sum(private_and_proportional(pid)[1] for pid in [os.getpid(), *hosts, *pids])
         answers = [
             (await env.step_async(REPLAction(code=f"print(x + {number})"))).result.stdout for env in envs
