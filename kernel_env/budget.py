@@ -105,6 +105,15 @@ class Spending:
         self._errors += 1
         return self._errors < self.budget.consecutive_errors
 
+    def describe(self) -> list[str]:
+        """What a model is told of the budget; nothing if there is none."""
+        bounds = {name: left for name, left in self.left().items() if left is not None}
+        bounds.pop("consecutive_errors", None)
+        if not bounds:
+            return []
+        told = ", ".join(f"{left:,.6g} {name.replace('_', ' ')}" for name, left in bounds.items())
+        return [f"Left of the budget of the whole run: {told}. `budget()` tells what is left later."]
+
     def left(self) -> dict[str, float | None]:
         """Name of each budget → how much of it is left; None where there is no bound."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,26 +12,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from jupyter_client.kernelspec import KernelSpecManager
 from rich.console import Console
-from rich.panel import Panel
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from kernel_env import example
-from kernel_env.episode import Episode, Turn
-from kernel_env.errors import ConfigError, KernelEnvError, SandboxUnavailable
+from kernel_env.budget import Budget
+from kernel_env.errors import ConfigError, KernelEnvError, ResetRequired, SandboxUnavailable
 from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
+from kernel_env.llm import HFChatModel
 from kernel_env.local import LocalREPLEnv
-from kernel_env.notebook import check_target, read_cells
-from kernel_env.outputs import stderr_text, stdout_text
+from kernel_env.notebook import check_target, read_cells, write_notebook
 from kernel_env.process import check_platform
+from kernel_env.runner import LocalRLMRunner
+from kernel_env.views import Job, JsonView, RunView, View
 
 __all__ = ["app"]
 
@@ -39,18 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="REPL episodes for language models, each in a Jupyter kernel of its own.",
 )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one `run` does: the cells in the policy's place, and the episode they act in."""
-
-    cells: list[str]
-    context: Any
-    task: str
-    expected: str | None
-    llm_query_fn: Callable[[str], str] | None = None
-    remark: str = ""
 
 
 def _version(show: bool) -> None:
@@ -91,19 +80,45 @@ def run(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Active seconds of each cell; default 120.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seeds `random` and numpy in the kernel.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model works on the task, by this name on its server.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Its OpenAI-compatible server; default the Hugging Face Hub.")
+    ] = None,
+    max_depth: Annotated[int, typer.Option(help="Levels of runs of the model; 1: no children.")] = 2,
+    budget_tokens: Annotated[float | None, typer.Option(help="Of the whole tree of runs.")] = None,
+    budget_seconds: Annotated[float | None, typer.Option(help="Of the whole tree of runs.")] = None,
+    budget_calls: Annotated[float | None, typer.Option(help="Calls of models, of the whole tree.")] = None,
     out: Annotated[Path, typer.Option(help="The notebook to write.")] = Path("episode.ipynb"),
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per turn, nothing else.")] = False,
 ) -> None:
     """Run one episode, show each turn as it happens, and write it as a notebook.
 
-    Without --script it runs a built-in example on Python's own language reference.
+    A --script plays it, or a --model works on it; without either a built-in example on Python's own language
+    reference is played.
     """
     console = Console(stderr=as_json)
     try:
+        if model is not None or base_url is not None:
+            if script is not None or as_json or seed is not None or timeout is not None:
+                raise ConfigError("--script, --json, --seed and --timeout do not go with --model")
+            given = {"tokens": budget_tokens, "seconds": budget_seconds, "model_calls": budget_calls}
+            runner = partial(
+                LocalRLMRunner,
+                HFChatModel(model, base_url=base_url),
+                max_iterations=30 if max_iterations is None else max_iterations,
+                max_depth=max_depth,
+                isolation=isolation,
+                kernel_name=kernel,
+                budget=Budget(**{name: value for name, value in given.items() if value is not None}),
+            )
+            _work(runner, RunView(console), _read_context(context), task or "", expected, out)
+            return
         job = _job(context, task, expected, script)
         limit = max_iterations if max_iterations is not None else max(30, len(job.cells))
         check_target(out)
-        view = _JsonView() if as_json else _View(console)
+        view = JsonView() if as_json else View(console)
         env = LocalREPLEnv(
             llm_query_fn=job.llm_query_fn,
             kernel_name=kernel,
@@ -136,9 +151,28 @@ def run(
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def _job(context: str | None, task: str | None, expected: str | None, script: Path | None) -> _Job:
+def _work(
+    runner: Callable[..., LocalRLMRunner],
+    view: RunView,
+    context: Any,
+    task: str,
+    expected: str | None,
+    out: Path,
+) -> None:
+    check_target(out)
+    run = runner(on_turn=view.turn, on_subcall_start=view.child_begins, on_subcall_complete=view.child_ends)
+    view.open(task, str(run.model), len(context if isinstance(context, str) else json.dumps(context)))
+    try:
+        view.result(run.run(context, task, expected_answer=expected))
+    finally:
+        with contextlib.suppress(ResetRequired):  # whatever ended it, Ctrl-C too
+            write_notebook(run.episode, out)
+            view.end(run.episode, out, 0)
+
+
+def _job(context: str | None, task: str | None, expected: str | None, script: Path | None) -> Job:
     if script is not None:
-        return _Job(read_cells(script), _read_context(context), task or "", expected)
+        return Job(read_cells(script), _read_context(context), task or "", expected)
     given = [
         name
         for name, value in (("--context", context), ("--task", task), ("--expected", expected))
@@ -148,7 +182,7 @@ def _job(context: str | None, task: str | None, expected: str | None, script: Pa
         raise ConfigError(
             f"{', '.join(given)} without --script: there is nothing to run; give the cells with --script FILE"
         )
-    return _Job(
+    return Job(
         cells=read_cells(example.CELLS),
         context=example.language_reference(),
         task=example.TASK,
@@ -175,94 +209,6 @@ def _read_context(name: str | None) -> Any:
         raise ConfigError(
             f"the context {name!r} is not JSON: {error}; rename it to pass it as text"
         ) from error
-
-
-class _View:
-    """An episode in a terminal, as it happens."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._at_line_start = True
-
-    def start(self, job: _Job, episode: Episode) -> None:
-        lines = [job.remark] if job.remark else []
-        lines += [f"Task: {job.task}"] if job.task else []
-        lines += [f"Context: {len(episode.context):,} characters"]
-        lines += [
-            f"Kernel: {episode.kernel_name}, isolation: {episode.isolation}, "
-            f"ready in {episode.start_time:.2f} s"
-        ]
-        self._console.print(Panel(Text("\n".join(lines)), title="Episode", title_align="left"))
-
-    def begin(self, number: int, cell: str) -> None:
-        self._console.rule(f"Turn {number}", align="left", style="cyan")
-        # The terminal's own sixteen colours: a theme's fixed ones vanish on one background or the other.
-        self._console.print(Syntax(cell, "python", theme="ansi_light", word_wrap=True))
-
-    def output(self, output: dict[str, Any]) -> None:
-        # From the kernel, so anything: from_ansi keeps colours and drops every other escape sequence.
-        if output["output_type"] == "error":
-            text = "\n".join(output["traceback"]) + "\n"
-        else:
-            text = stdout_text([output]) or stderr_text([output])
-        if not text:
-            return
-        if not self._at_line_start and output["output_type"] != "stream":
-            text = "\n" + text
-        self._at_line_start = text.endswith("\n")
-        end = "\n" if self._at_line_start else ""
-        self._console.print(Text.from_ansi(text.removesuffix("\n")), end=end, highlight=False)
-
-    def turn(self, turn: Turn) -> None:
-        observation = turn.observation
-        if not self._at_line_start:
-            self._console.print()
-        self._at_line_start = True
-        for line in observation.result.stderr.splitlines():
-            if line.startswith("[kernel_env]"):
-                self._console.print(Text(line, style="yellow"))
-        facts = [observation.status, f"{observation.result.execution_time * 1000:.0f} ms"]
-        if observation.usage is not None:
-            facts.append(f"{observation.usage.peak_memory / 2**20:.0f} MB")
-        if turn.helper_calls:
-            facts.append(f"{len(turn.helper_calls)} helper call" + "s" * (len(turn.helper_calls) > 1))
-        facts.append("no reward" if observation.reward is None else f"reward {observation.reward:g}")
-        style = "green" if observation.status == "ok" else "red"
-        self._console.print(Text(" · ".join(facts), style=style))
-
-    def end(self, episode: Episode, out: Path, cells: int) -> None:
-        lines = []
-        if episode.final_answer is None:
-            lines.append(f"No answer was submitted ({episode.done_reason}).")
-        else:
-            shown = episode.final_answer
-            lines.append(
-                "Answer: " + (shown if len(shown) <= 500 else f"{shown[:500]}… ({len(shown):,} chars)")
-            )
-        lines.append("Reward: " + ("none" if episode.reward is None else f"{episode.reward:g}"))
-        if len(episode.turns) < cells:
-            lines.append(f"Cells not run: {cells - len(episode.turns)} of {cells}")
-        lines.append(f"Notebook: {out}")
-        self._console.print(Panel(Text("\n".join(lines)), title="End", title_align="left", style="bold"))
-
-
-class _JsonView:
-    """The same for programs: a line of JSON for each turn on stdout."""
-
-    def start(self, job: _Job, episode: Episode) -> None:
-        pass
-
-    def begin(self, number: int, cell: str) -> None:
-        self._number = number
-
-    def output(self, output: dict[str, Any]) -> None:
-        pass
-
-    def turn(self, turn: Turn) -> None:
-        typer.echo(json.dumps({"turn": self._number, **turn.model_dump(mode="python")}))
-
-    def end(self, episode: Episode, out: Path, cells: int) -> None:
-        pass
 
 
 @app.command()

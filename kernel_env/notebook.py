@@ -6,6 +6,8 @@ import json
 import os
 import re
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ SCHEMA = 1
 """Version of what stands under `metadata.kernel_env`."""
 
 
-def to_notebook(episode: Episode) -> dict[str, Any]:
+def to_notebook(episode: Episode, *, children: Sequence[str] | None = None) -> dict[str, Any]:
     """The notebook of an episode, valid and in plain JSON types.
 
     Everything the record has is in it: what the notebook format has a place for is there, and the whole
     of it under the one metadata key `kernel_env`, of the notebook for the episode and of each code cell
-    for its turn.
+    for its turn. If the `children` have files of their own, whose names are given in order, the cells that
+    started them link to these, and the names stand in the place of their records.
     """
     record = episode.model_dump(mode="python", exclude={"turns"})
+    if children is not None:
+        record["children"] = list(children)
     notebook = {
         "nbformat": 4,
         "nbformat_minor": 5,
@@ -38,12 +43,35 @@ def to_notebook(episode: Episode) -> dict[str, Any]:
         },
         "cells": [
             {"id": "task", "cell_type": "markdown", "metadata": {}, "source": _header(episode)},
-            *(_cell(number, turn) for number, turn in enumerate(episode.turns, start=1)),
+            *_cells(episode, children or ()),
         ],
     }
     # Validates what a reader will load; text with lone surrogates only stands as an escape in the file.
     nbformat.validate(notebook)
     return notebook
+
+
+def _cells(episode: Episode, files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    started: dict[int, list[tuple[str, Episode]]] = defaultdict(list)
+    for file, child in zip(files, episode.children, strict=bool(files)):
+        started[_turn_that_started(child, episode)].append((file, child))
+    for number, turn in enumerate(episode.turns, start=1):
+        yield _cell(number, turn)
+        if number in started:
+            lines = (
+                f"- [{_shown(child.task_prompt)}]({file}): {_shown(child.final_answer)}"
+                for file, child in started[number]
+            )
+            source = "\n".join(["Children of this cell:", "", *lines])
+            yield {"id": f"turn-{number}-children", "cell_type": "markdown", "metadata": {}, "source": source}
+
+
+def _turn_that_started(child: Episode, parent: Episode) -> int:
+    """The number of the turn in whose helper calls the child began; the last, if its call is not recorded."""
+    for number, turn in enumerate(parent.turns, start=1):
+        if any(call.started <= child.started <= call.started + call.duration for call in turn.helper_calls):
+            return number
+    return len(parent.turns)
 
 
 def _header(episode: Episode) -> str:
@@ -110,14 +138,20 @@ def _cell(number: int, turn: Turn) -> dict[str, Any]:
 
 
 def write_notebook(episode: Episode, path: str | Path) -> Path:
-    """Write the notebook whole or not at all, replacing an older one.
+    """Write the notebook whole or not at all, replacing an older one; of each child one beside it, first.
+
+    The files of the children of `episode.ipynb` are `episode-child-1.ipynb` and so on.
 
     Raises:
         ConfigError: the path does not end in `.ipynb`, or cannot be written.
     """
     target = check_target(path)
+    files = [target.with_stem(f"{target.stem}-child-{n}") for n in range(1, len(episode.children) + 1)]
+    for name, child in zip(files, episode.children, strict=True):
+        write_notebook(child, name)
+    notebook = to_notebook(episode, children=[name.name for name in files])
     # The escapes of lone surrogates, which UTF-8 does not have, are what JSON calls them too.
-    text = json.dumps(to_notebook(episode), ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
     data = (text + "\n").encode("utf-8", "backslashreplace")
     written = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

@@ -71,6 +71,8 @@ class RunConfig:
     tools: Mapping[str, Callable[..., Any]]
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of every `REPLEnvironment`."""
+    of_root: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones of the root's."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Run:
         self._config = config
         self._tree = tree
         self._work = work
+        self._is_root = work is None
         self._model = model
         self._traces: list[ChildTrace] = []
         self._children: list[Episode] = []
@@ -180,6 +183,8 @@ class Run:
         tools = {**config.tools, "budget": self._tree.spending_left}
         steps = config.max_iterations * config.env_max_iterations_multiplier
         options = {**config.environment, "tools": tools, "max_iterations": steps, **self._functions()}
+        if self._is_root:
+            options |= config.of_root
         env = REPLEnvironment(**options)
         try:
             first = await env.reset_async(
@@ -188,7 +193,7 @@ class Run:
             record = self.record = env.episode
             record.children = self._children
             metadata = QueryMetadata.of(context, first.context_length)
-            notes = [describe_helpers(env.helpers)]
+            notes = [describe_helpers(env.helpers), *self._tree.spending.describe()]
             record.messages = build_rlm_system_prompt(config.system_prompt, metadata, notes=notes)
             stopped_by = None
             try:

@@ -18,7 +18,8 @@ from kernel_env import portal
 from kernel_env.budget import Budget, ModelUsage, Spending
 from kernel_env.config import Limits, check_count, check_seconds, check_text, from_env
 from kernel_env.environment import REPLEnvironment
-from kernel_env.errors import ConfigError
+from kernel_env.episode import Episode, Turn
+from kernel_env.errors import ConfigError, ResetRequired
 from kernel_env.helpers import Adapted
 from kernel_env.prompts import RLM_SYSTEM_PROMPT
 from kernel_env.recursion import RLMRunResult, Run, RunConfig, Tree
@@ -49,10 +50,11 @@ class LocalRLMRunner:
         on_subcall_start: `(depth, model, prompt_preview)`, called on the loop.
         on_subcall_complete: `(depth, model, duration_s, error)`.
         verbose: log each turn on the logger `kernel_env.runner`, at INFO instead of DEBUG.
-        tools, limits, isolation, rubric: of every episode of the tree, as for `REPLEnvironment`.
+        tools, limits, isolation, kernel_name, rubric: of every episode of the tree, as for `REPLEnvironment`.
         budget: of the whole tree; a run that has used it up ends with what it has in `answer["content"]`.
             `budget()` in the kernels tells what is left.
         cost: of one reply, from the tokens it took.
+        on_output, on_turn: of the root's episode, as for `REPLEnvironment`.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -79,9 +81,12 @@ class LocalRLMRunner:
         tools: Mapping[str, Callable[..., Any]] | None = None,
         limits: Limits | None = None,
         isolation: str = "auto",
+        kernel_name: str = "python3",
         rubric: Any = None,
         budget: Budget | None = None,
         cost: Callable[[ModelUsage], float] | None = None,
+        on_output: Callable[[dict[str, Any]], None] | None = None,
+        on_turn: Callable[[Turn], Any] | None = None,
     ) -> None:
         _check_chat(llm_chat_fn)
         check_text("system_prompt", system_prompt)
@@ -104,8 +109,14 @@ class LocalRLMRunner:
             check_seconds("per_child_timeout_s", per_child_timeout_s)
         if budget is not None and not isinstance(budget, Budget):
             raise ConfigError(f"budget = {budget!r}; give a Budget")
-        environment = {"limits": limits, "isolation": isolation, "rubric": rubric}
-        REPLEnvironment(tools=tools, **environment)  # what it refuses is refused here
+        environment: dict[str, Any] = {
+            "limits": limits,
+            "isolation": isolation,
+            "rubric": rubric,
+            "kernel_name": kernel_name,
+        }
+        of_root: dict[str, Any] = {"on_output": on_output, "on_turn": on_turn}
+        REPLEnvironment(tools=tools, **environment, **of_root)  # what it refuses is refused here
         if "budget" in (tools or {}):
             raise ConfigError("tools['budget']: the name is reserved in runs; choose another")
         self._workers = max_batch_workers
@@ -128,7 +139,25 @@ class LocalRLMRunner:
             log_level=logging.INFO if verbose else logging.DEBUG,
             tools=tools or {},
             environment=environment,
+            of_root=of_root,
         )
+        self._last: Run | None = None
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The chat function."""
+        return self._config.chat_fn
+
+    @property
+    def episode(self) -> Episode:
+        """The record of the last run, also of one that raised.
+
+        Raises:
+            ResetRequired: there was none, or it had no kernel yet.
+        """
+        if self._last is None or self._last.record is None:
+            raise ResetRequired("there is no episode yet; call run() first")
+        return self._last.record
 
     def run(
         self,
@@ -177,7 +206,8 @@ class LocalRLMRunner:
             )
         async with asyncio.timeout(timeout_s):
             tree = Tree(self._workers, depth, Spending(self._budget, self._cost))
-            return await Run(self._config, tree, None, model).go(context, task_prompt, expected_answer)
+            self._last = Run(self._config, tree, None, model)
+            return await self._last.go(context, task_prompt, expected_answer)
 
 
 def _check_chat(function: object) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from kernel_env import LocalREPLEnv
+
+from .chat_server import Server
 
 _TRIAL = "from kernel_env import LocalREPLEnv\nwith LocalREPLEnv(isolation='sandbox') as env: env.reset()"
 _trial = subprocess.run(
@@ -102,3 +105,11 @@ def env(make_env: MakeEnv) -> LocalREPLEnv:
     env = make_env()
     env.reset()
     return env
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

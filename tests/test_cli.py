@@ -14,6 +14,7 @@ import pytest
 
 from kernel_env import example
 
+from .chat_server import Server, completion
 from .conftest import HAS_SANDBOX
 
 KERNEL_ENV = [sys.executable, "-m", "kernel_env"]
@@ -153,3 +154,53 @@ def test_doctor_tries_a_real_episode(tmp_path: Path) -> None:
 def test_version_and_help(tmp_path: Path) -> None:
     assert kernel_env("--version", cwd=tmp_path).stdout == "kernel_env 0.1.0\n"
     assert "--max-iterations" in kernel_env("run", "--help", cwd=tmp_path).stdout
+
+
+CHILD = "```repl\nFINAL(context.upper())\n```"
+ROOT = "I ask a child.\n```repl\nprint(len(context))\nFINAL(rlm_query('shout', context=context))\n```"
+
+
+def test_a_model_works_on_a_task(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "context.txt").write_text("some words")
+    server.say(completion(ROOT))
+    server.say(completion(CHILD))
+    arguments = ["--model", "m", "--base-url", server.url, "--context", "context.txt", "--task", "Shout it."]
+    shown = kernel_env(
+        "run", *arguments, "--expected", "SOME WORDS", "--budget-calls", 9, cwd=tmp_path
+    ).stdout
+    for words in ("Task: Shout it.", "Context: 10 characters", "child begins: shout", "child ended after"):
+        assert words in shown
+    for words in ("2 model calls · 36 tokens", "Answer: SOME WORDS", "Reward: 1", "Notebook: episode.ipynb"):
+        assert words in shown
+    notebook = nbformat.read(tmp_path / "episode.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    record = notebook.metadata.kernel_env.episode
+    assert [message.role for message in record.messages] == ["system", "user", "user", "assistant"]
+    assert record.children == ["episode-child-1.ipynb"]
+    child = nbformat.read(tmp_path / record.children[0], as_version=4)  # type: ignore[no-untyped-call]
+    assert child.metadata.kernel_env.episode.final_answer == "SOME WORDS"
+    assert "9 model calls" in record.messages[1].content
+
+
+def test_a_budget_that_ends_a_run_is_told(server: Server, tmp_path: Path) -> None:
+    for _ in range(3):
+        server.say(completion("```repl\nanswer['content'] = 'so far'\n```"))
+    arguments = ["--base-url", server.url, "--budget-calls", 2]
+    shown = kernel_env("run", *arguments, cwd=tmp_path).stdout
+    assert "Stopped: the budget of the run is used up: model_calls 2 of 2" in shown
+    assert "Answer: so far" in shown
+
+
+def test_a_model_that_is_not_there_is_an_error_and_the_notebook_is_written(
+    server: Server, tmp_path: Path
+) -> None:
+    server.say(b'{"error": {"message": "no such model: x"}}', 404)
+    done = kernel_env("run", "--model", "x", "--base-url", server.url, cwd=tmp_path, fails=1)
+    assert "the server replied 404" in done.stderr
+    assert "no such model: x" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "episode.ipynb").exists()
+
+
+def test_what_does_not_go_with_a_model_is_refused(tmp_path: Path) -> None:
+    done = kernel_env("run", "--model", "m", "--seed", 1, cwd=tmp_path, fails=2)
+    assert "do not go with --model" in done.stderr

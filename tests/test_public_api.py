@@ -41,6 +41,7 @@ LAYERS = [
     {"prompts", "llm"},
     {"recursion"},
     {"runner"},
+    {"views"},
     {"cli"},
     {"__init__", "__main__"},
 ]

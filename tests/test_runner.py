@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
-from kernel_env import Budget, ChatReply, ConfigError, LocalRLMRunner, ModelError, pool
-from kernel_env.notebook import to_notebook
+from kernel_env import Budget, ChatReply, ConfigError, LocalRLMRunner, ModelError, ResetRequired, pool
+from kernel_env.notebook import to_notebook, write_notebook
 
 Messages = list[dict[str, str]]
 Chat = Callable[..., Any]
@@ -116,6 +119,27 @@ def test_a_child_has_an_episode_of_its_own_with_its_own_context() -> None:
     )
     (child,) = result.episode.children
     assert (child.context, child.task_prompt, child.final_answer) == ("[1, 2, 3]", "child", "6 False")
+
+
+def test_each_child_is_a_notebook_linked_from_the_cell_that_started_it(tmp_path: Path) -> None:
+    blocks = ("x = 1", "print(rlm_query_batched(['one [a]', 'two']))", "FINAL(rlm_query('three'))")
+
+    def chat(messages: Messages) -> str:
+        is_root = "root" in messages[2]["content"]
+        return "".join(map(repl, blocks)) if is_root else repl("FINAL(context)")
+
+    result = LocalRLMRunner(chat).run("", "root")
+    write_notebook(result.episode, tmp_path / "run.ipynb")
+    notebook = nbformat.read(tmp_path / "run.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    assert [cell.id for cell in notebook.cells][1:] == [
+        *("turn-1", "turn-2", "turn-2-children", "turn-3", "turn-3-children")
+    ]
+    names = [f"run-child-{number}.ipynb" for number in (1, 2, 3)]
+    assert notebook.metadata.kernel_env.episode.children == names
+    assert sorted(re.findall(r"\]\((.*?)\)", notebook.cells[3].source)) == names[:2]
+    assert f"[three]({names[2]}): three" in notebook.cells[5].source
+    for name in names:
+        nbformat.validate(nbformat.read(tmp_path / name, as_version=4))  # type: ignore[no-untyped-call]
 
 
 def test_a_child_without_context_gets_the_prompt_as_both() -> None:
@@ -409,6 +433,20 @@ def test_a_budget_that_is_used_up_in_a_child_ends_the_whole_run() -> None:
 def test_the_kernel_can_ask_what_is_left() -> None:
     chat = counting(repl("left = budget()\nFINAL(f\"{left['tokens']} {left['cost']}\")"))
     assert LocalRLMRunner(chat, budget=Budget(tokens=100)).run("", "t").final_answer == "90 None"
+
+
+def test_the_budget_is_in_the_prompt_and_the_record_there_after_a_failure() -> None:
+    def chat(messages: Messages) -> str:
+        assert "Left of the budget of the whole run: 100 tokens." in messages[1]["content"]
+        raise ConnectionError
+
+    runner = LocalRLMRunner(chat, budget=Budget(tokens=100))
+    with pytest.raises(ResetRequired):
+        _ = runner.episode
+    with pytest.raises(ModelError):
+        runner.run("", "t")
+    assert (runner.episode.task_prompt, runner.episode.done_reason) == ("t", "closed")
+    assert len(runner.episode.messages) == 3
 
 
 def test_failures_in_a_row_are_bounded() -> None:
