@@ -53,6 +53,8 @@ class Guard:
     def __init__(self, shell: Any, streams: tuple[Any, Any]) -> None:
         self.is_interruptible = False
         """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
+        self.own_code: frozenset[Any] = frozenset()
+        """The code that sets this; it must come to its end, also when a second interrupt comes at once."""
         self._shell = shell
         self.streams = streams
         self._shell_parts = {name: getattr(shell, name) for name in SHELL}
@@ -87,7 +89,7 @@ class Guard:
             vars(stream).pop("write", None)
 
     def _on_sigint(self, _: int, frame: Any) -> None:
-        if self.is_interruptible and not self._is_in_stream(frame):
+        if self.is_interruptible and frame.f_code not in self.own_code and not self._is_in_stream(frame):
             raise KeyboardInterrupt
 
     def _is_in_stream(self, frame: Any) -> bool:
@@ -198,15 +200,6 @@ class Guard:
             if hasattr(stream, "restore_fd") and stream.restore_fd():
                 broken.append(f"file descriptor {stream.fileno()}")
         return broken
-
-    @contextlib.contextmanager
-    def cell_code(self) -> Iterator[None]:
-        """Run code of the cell's: an interrupt reaches it."""
-        try:
-            self.is_interruptible = True
-            yield
-        finally:
-            self.is_interruptible = False
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:

@@ -166,8 +166,9 @@ class Guest:
         self.guard.before_cell()
         self.limits.before_cell()
         try:
-            with self.guard.cell_code():
-                reply: dict[str, Any] = await do_execute(*args, **kwargs)
+            self.guard.is_interruptible = True
+            reply: dict[str, Any] = await do_execute(*args, **kwargs)
+            self.guard.is_interruptible = False
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
             self.guard.is_interruptible = False
             self.limits.release()
@@ -236,10 +237,13 @@ class Guest:
         if not issubclass(type(answer), dict):
             return
         try:
-            with self.guard.cell_code():  # `content` is any object
-                if answer.get("ready"):
-                    self.channel.submit(str(answer.get("content", "")))
+            self.guard.is_interruptible = True  # `content` is any object
+            text = str(answer.get("content", "")) if answer.get("ready") else None
+            self.guard.is_interruptible = False
+            if text is not None:
+                self.channel.submit(text)
         except BaseException as error:  # noqa: BLE001 - its __str__ may raise anything
+            self.guard.is_interruptible = False
             notes.append(f"answer not submitted: {type(error).__name__}: {_message(error)}")
             dict.__setitem__(answer, "ready", False)  # or it would fail after every cell from here on
 
@@ -262,9 +266,13 @@ class Guest:
         if type(value) in PLAIN:
             return bounded_repr(value)
         try:
-            with self.guard.within(REPR_SECONDS), self.guard.cell_code():
-                return bounded_repr(value)
+            with self.guard.within(REPR_SECONDS):
+                self.guard.is_interruptible = True
+                shown = bounded_repr(value)
+                self.guard.is_interruptible = False
+                return shown
         except BaseException as error:  # noqa: BLE001 - the time may be up just after the last of the cell's code
+            self.guard.is_interruptible = False
             return f"<repr raised {type(error).__name__}>"
 
     @staticmethod
@@ -380,6 +388,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
     lifeline = None if _guest is None else _guest.lifeline
     _guest = Guest(shell, modules, the_guard, options)
+    setters = (Guest.execute, Guest._submit_ready_answer, Guest._shown)
+    the_guard.own_code = frozenset(function.__code__ for function in setters)
     if lifeline is None:
         lifeline = _guest.channel.connect()
         guard.die_with(lifeline)
