@@ -131,17 +131,20 @@ class KernelFolder:
             _clear(self.path)
         os.close(self._lock)
 
-    def renew(self, *, is_deserted: bool = False) -> None:
-        """The same, but keep the working directory, and furnish the folder for the next kernel.
-
-        Raises:
-            KernelStartError: something is left of what the kernel made there; it could lead elsewhere.
-        """
+    def empty(self, *, is_deserted: bool = False) -> None:
+        """The same, but keep the folder and the working directory in it."""
         if not is_deserted:
             _evict(self.path)
         for entry in list(os.scandir(self.path)):
             if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
                 _remove(Path(entry.path))
+
+    def furnish(self) -> None:
+        """Make what the next kernel needs in the emptied folder.
+
+        Raises:
+            KernelStartError: something is left of what the kernel before made there; it could lead elsewhere.
+        """
         try:
             _furnish(self.path)
         except OSError as error:

@@ -180,6 +180,7 @@ class Kernel:
             return False
         self._restarts += 1
         try:
+            await run_in_thread(self.folder.furnish)
             self._live = await LiveKernel.start(
                 self._setup, self.folder, served=self._live.served, keeps_work=True
             )

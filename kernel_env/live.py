@@ -61,7 +61,7 @@ class LiveKernel:
         """Start a kernel in `folder` and install the guest in it.
 
         `served` helper calls of its episode were served to kernels before it. After an error the folder is
-        removed or, with `keeps_work`, made fresh but for its working directory.
+        removed or, with `keeps_work`, emptied but for its working directory.
 
         Raises:
             ConfigError: there is no such kernelspec.
@@ -83,7 +83,7 @@ class LiveKernel:
                 )
         except BaseException as error:
             live._bridge.close()
-            (folder.renew if keeps_work else folder.remove)()
+            (folder.empty if keeps_work else folder.remove)()
             if isinstance(error, TimeoutError):
                 raise live._late_start() from error
             raise

@@ -281,7 +281,7 @@ class KernelProcess:
         await self.terminate()
         self._release()
         await self._provisioner.wait()
-        clear = self.folder.renew if keeps_work else self.folder.remove
+        clear = self.folder.empty if keeps_work else self.folder.remove
         await run_in_thread(clear, is_deserted=self._is_deserted)
         _live.discard(self)
 
