@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 
-from kernel_env.errors import ConfigError
+from kernel_env.errors import ConfigError, SandboxUnavailable
 from kernel_env.provisioners import fork
 from kernel_env.types import Isolation
 
@@ -50,6 +50,7 @@ def with_provisioner(
 
     Raises:
         ConfigError: it names one whose kernels are not processes of this machine.
+        SandboxUnavailable: its kernels cannot be confined.
     """
     asked = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name")
     if asked not in (None, LOCAL, fork.NAME):
@@ -57,6 +58,8 @@ def with_provisioner(
     reason = "its kernelspec asks for it" if asked else _why_not_forked(spec)
     chosen = asked or (LOCAL if reason else fork.NAME)
     config = dict(spec.metadata.get("kernel_provisioner", {}).get("config", {}))
+    if isolation == "sandbox" and chosen != fork.NAME:
+        raise SandboxUnavailable("its kernels are started, not forked, and only forked ones are confined")
     if chosen == fork.NAME:
         config |= {"preload": [*config.get("preload", []), *preload], "isolation": isolation}
     spec.metadata = spec.metadata | {"kernel_provisioner": {"provisioner_name": chosen, "config": config}}

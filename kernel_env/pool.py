@@ -47,7 +47,9 @@ async def start_kernel(setup: KernelSetup, isolation: str) -> Kernel:
     """
     if isolation == "process":
         return await _start_kernel(setup)
-    is_forked, support = is_forked_kind(setup.kernel_name), _support_of(setup.kernel_name)
+    support = _support_of(setup.kernel_name)
+    # Kernelspecs are files, looked for in many folders: not at every start.
+    is_forked = support.is_proven or is_forked_kind(setup.kernel_name)
     if isolation == "auto" and (not is_forked or support.refusal is not None):
         return await _start_kernel(setup)
     if not is_forked:
