@@ -78,14 +78,13 @@ class Spending:
             "cost": self.total.cost,
             "seconds": time.monotonic() - self._began,
             "model_calls": self.total.calls,
-            "consecutive_errors": self._errors,
         }
 
     def check(self) -> None:
         """Raise BudgetExceeded if there is nothing left of one."""
         for name, used in self.used().items():
             maximum = getattr(self.budget, name)
-            if used >= maximum and name != "consecutive_errors":
+            if used >= maximum:
                 raise BudgetExceeded(name, used, maximum)
 
     def add(self, reply: Any, model: str | None, depth: int) -> None:
@@ -108,7 +107,6 @@ class Spending:
     def describe(self) -> list[str]:
         """What a model is told of the budget; nothing if there is none."""
         bounds = {name: left for name, left in self.left().items() if left is not None}
-        bounds.pop("consecutive_errors", None)
         if not bounds:
             return []
         told = ", ".join(f"{left:,.6g} {name.replace('_', ' ')}" for name, left in bounds.items())

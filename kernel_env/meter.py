@@ -113,11 +113,11 @@ class Meter:
         self._files_since = math.inf
         self.note = ""
         """What is to be told of earlier cells."""
-        self._files: dict[str, int] = {}
+        self._entries: dict[str, int] = {}
         try:
             for name in ("status", "stat", "statm", "clear_refs"):
                 flags = os.O_WRONLY if name == "clear_refs" else os.O_RDONLY
-                self._files[name] = os.open(f"/proc/{self._pid}/{name}", flags | os.O_CLOEXEC)
+                self._entries[name] = os.open(f"/proc/{self._pid}/{name}", flags | os.O_CLOEXEC)
         except OSError as error:
             log.warning("what kernel %d uses cannot be read in full: %s", self._pid, error)
         self._cpu_of_waited_for = self._read_cpu_of_waited_for()
@@ -135,8 +135,8 @@ class Meter:
             self._at_rest.cancel()
         self._files_count.close()
         self._memory_count.close()
-        while self._files:
-            os.close(self._files.popitem()[1])
+        while self._entries:
+            os.close(self._entries.popitem()[1])
 
     # A cell.
 
@@ -151,11 +151,13 @@ class Meter:
         self._look_at_files()  # of before
         self._files_since = time.monotonic()
         with contextlib.suppress(OSError, KeyError):
-            os.write(self._files["clear_refs"], b"5")  # the peak is that of now
+            os.write(self._entries["clear_refs"], b"5")  # the peak is that of now
 
     def measure_cpu(self, *, wall: float = math.inf) -> float:
-        """Processor seconds since the beginning, `wall` seconds ago; of processes that ended unseen, if they
-        were waited for."""
+        """Processor seconds since the beginning, `wall` seconds ago.
+
+        Of processes that ended between two looks, those are counted that were waited for.
+        """
         self._cpu = max(self._cpu, self._cpu_of_kernel())  # one that has ended tells none
         own = self._cpu - self._started
         if wall < _SHORT and not self._clocks:  # less than a tick, in which those are told
@@ -301,7 +303,7 @@ class Meter:
 
     def _read(self, name: str) -> bytes:
         try:
-            return os.pread(self._files[name], 4096, 0)
+            return os.pread(self._entries[name], 4096, 0)
         except (OSError, KeyError):
             return b""
 

@@ -117,11 +117,11 @@ def bind(source: str, target: str, *, attributes: int) -> None:
     set_attributes(target, attributes)
 
 
-def set_attributes(target: str, attributes: int) -> None:
+def set_attributes(target: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
     """Make mounts read-only, without devices, …; those that are there already stay."""
     wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
     where = os.fsencode(target)
-    call(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, where, AT_RECURSIVE, wanted, len(wanted), about=target)
+    call(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, where, flags, wanted, len(wanted), about=target)
 
 
 def write(path: str, content: bytes) -> None:
@@ -181,9 +181,8 @@ class Sandbox:
             raise Refused(f"Linux: {os.uname().release} is older than 5.14")
         self._ids = os.getuid(), os.getgid()
         self._libraries = libraries(self._parent)
-        ignores = (
-            run(*IGNORE_SIGCHLD, "true") == 0
-        )  # a GNU env of 2019 or later; else zombies stay until the end
+        # A GNU env of 2019 or later; without, zombies stay until the end.
+        ignores = run(*IGNORE_SIGCHLD, "true") == 0
         self._first = (*IGNORE_SIGCHLD, *WAITING) if ignores else ("/usr/bin/env", *WAITING)
         others = NEWNS | NEWPID | NEWIPC | NEWUTS
         if as_root:
@@ -265,8 +264,7 @@ class Sandbox:
             call(libc.pivot_root, b".", b".")
             call(libc.umount2, b".", MNT_DETACH)
             os.chdir("/")
-            wanted = struct.pack("QQQQ", ATTR_RDONLY, 0, 0, 0)
-            call(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, b"/", 0, wanted, len(wanted))
+            set_attributes("/", ATTR_RDONLY, flags=0)
         self._own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         os.chdir(folder)
 
