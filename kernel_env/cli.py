@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,74 +99,77 @@ def run(
     """
     console = Console(stderr=as_json)
     try:
+        check_target(out)
         if model is not None or base_url is not None:
             if script is not None or as_json or seed is not None or timeout is not None:
                 raise ConfigError("--script, --json, --seed and --timeout do not go with --model")
             given = {"tokens": budget_tokens, "seconds": budget_seconds, "model_calls": budget_calls}
-            runner = partial(
-                LocalRLMRunner,
+            view = RunView(console)
+            runner = LocalRLMRunner(
                 HFChatModel(model, base_url=base_url),
                 max_iterations=30 if max_iterations is None else max_iterations,
                 max_depth=max_depth,
                 isolation=isolation,
                 kernel_name=kernel,
                 budget=Budget(**{name: value for name, value in given.items() if value is not None}),
+                on_turn=view.turn,
+                on_subcall_start=view.child_begins,
+                on_subcall_complete=view.child_ends,
             )
-            _work(runner, RunView(console), _read_context(context), task or "", expected, out)
-            return
-        job = _job(context, task, expected, script)
-        limit = max_iterations if max_iterations is not None else max(30, len(job.cells))
-        check_target(out)
-        view = JsonView() if as_json else View(console)
-        env = LocalREPLEnv(
-            llm_query_fn=job.llm_query_fn,
-            kernel_name=kernel,
-            isolation=isolation,
-            on_output=view.output,
-            on_turn=view.turn,
-        )
-        has_begun = False
-        try:
-            with env:
-                env.reset(
-                    context=job.context,
-                    task_prompt=job.task,
-                    expected_answer=job.expected,
-                    max_iterations=limit,
-                    seed=seed,
-                )
-                has_begun = True
-                view.start(job, env.episode)
-                for number, cell in enumerate(job.cells, start=1):
-                    view.begin(number, cell)
-                    if env.execute(cell, timeout_s=timeout).done:
-                        break
-        finally:
-            if has_begun:  # whatever ended it, Ctrl-C too
-                env.export(out)
-                view.end(env.episode, out, len(job.cells))
+            _work(runner, view, _read_context(context), task or "", expected, out)
+        else:
+            job = _job(context, task, expected, script)
+            options: dict[str, Any] = {"kernel_name": kernel, "isolation": isolation}
+            _play(job, JsonView() if as_json else View(console), options, max_iterations, timeout, seed, out)
     except KernelEnvError as error:
         Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def _work(
-    runner: Callable[..., LocalRLMRunner],
-    view: RunView,
-    context: Any,
-    task: str,
-    expected: str | None,
+def _play(
+    job: Job,
+    view: View | JsonView,
+    options: dict[str, Any],
+    max_iterations: int | None,
+    timeout: float | None,
+    seed: int | None,
     out: Path,
 ) -> None:
-    check_target(out)
-    run = runner(on_turn=view.turn, on_subcall_start=view.child_begins, on_subcall_complete=view.child_ends)
-    view.open(task, str(run.model), len(context if isinstance(context, str) else json.dumps(context)))
+    """Run the cells of a script, one action each."""
+    env = LocalREPLEnv(llm_query_fn=job.llm_query_fn, on_output=view.output, on_turn=view.turn, **options)
+    has_begun = False
     try:
-        view.result(run.run(context, task, expected_answer=expected))
+        with env:
+            env.reset(
+                context=job.context,
+                task_prompt=job.task,
+                expected_answer=job.expected,
+                max_iterations=max(30, len(job.cells)) if max_iterations is None else max_iterations,
+                seed=seed,
+            )
+            has_begun = True
+            view.start(job, env.episode)
+            for number, cell in enumerate(job.cells, start=1):
+                view.begin(number, cell)
+                if env.execute(cell, timeout_s=timeout).done:
+                    break
+    finally:
+        if has_begun:  # whatever ended it, Ctrl-C too
+            env.export(out)
+            view.end(env.episode, out, len(job.cells))
+
+
+def _work(
+    runner: LocalRLMRunner, view: RunView, context: Any, task: str, expected: str | None, out: Path
+) -> None:
+    """Have a model work on the task."""
+    view.open(task, str(runner.model), len(context if isinstance(context, str) else json.dumps(context)))
+    try:
+        view.result(runner.run(context, task, expected_answer=expected))
     finally:
         with contextlib.suppress(ResetRequired):  # whatever ended it, Ctrl-C too
-            write_notebook(run.episode, out)
-            view.end(run.episode, out, 0)
+            write_notebook(runner.episode, out)
+            view.end(runner.episode, out, 0)
 
 
 def _job(context: str | None, task: str | None, expected: str | None, script: Path | None) -> Job:

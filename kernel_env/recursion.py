@@ -268,20 +268,20 @@ class Run:
         elif answer:
             env.episode.final_answer = answer
 
-    async def _ask(self, messages: list[dict[str, str]]) -> str:
+    async def _ask(self, messages: list[dict[str, str]], model: str | None = None) -> str:
         spending = self._tree.spending
         while True:
             spending.check()
             try:
-                return await self._ask_once(messages)
+                return await self._ask_once(messages, model or self._model)
             except ModelError:
                 if not spending.may_fail_again():
                     raise
                 log.warning("the model failed and is asked again", exc_info=True)
 
-    async def _ask_once(self, messages: list[dict[str, str]]) -> str:
+    async def _ask_once(self, messages: list[dict[str, str]], model: str | None) -> str:
         given = [dict(message) for message in messages]  # the function may keep or change it
-        options = {"model": self._model} if "model" in self._config.chat.options else {}
+        options = {"model": model} if "model" in self._config.chat.options else {}
         try:
             reply = await self._config.chat.call(given, **options)
         except ModelError:
@@ -291,7 +291,7 @@ class Run:
         text = reply if isinstance(reply, str) else getattr(reply, "text", None)
         if not isinstance(text, str):
             raise ModelError(f"the model replied with {type(reply).__name__}, which is no text")
-        self._tree.spending.add(reply, self._model, self._config.depth)
+        self._tree.spending.add(reply, model, self._config.depth)
         return text
 
     # What the kernel's helpers come to.
@@ -315,9 +315,8 @@ class Run:
         }
 
     async def _query(self, prompt: str, model: str | None = None) -> str:
-        run = Run(self._config, self._tree, None, model or self._model)
         try:
-            return await run._ask([{"role": "user", "content": prompt}])
+            return await self._ask([{"role": "user", "content": prompt}], model)
         except BudgetExceeded as breach:
             raise HelperError(f"llm_query: {breach}") from None
 
@@ -326,19 +325,16 @@ class Run:
     ) -> list[str]:
         most = self._config.max_children_per_batch
 
-        async def one(number: int) -> str:
+        async def answer(number: int) -> str:
             if most is not None and number >= most:
-                raise HelperError(f"rlm_query_batched: a batch has at most {most} children")
-            return await self._child(prompts[number], model, contexts[number] if contexts else None)
-
-        async def item(number: int) -> str | HelperFailure:
+                return HelperFailure(f"rlm_query_batched: a batch has at most {most} children")
             try:
-                return await one(number)
+                return await self._child(prompts[number], model, contexts[number] if contexts else None)
             except HelperError as error:
                 return HelperFailure(error)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item(number)) for number in range(len(prompts))]
+            tasks = [group.create_task(answer(number)) for number in range(len(prompts))]
         return [task.result() for task in tasks]
 
     async def _child(self, prompt: str, model: str | None = None, context: Any = None) -> str:
@@ -367,9 +363,6 @@ class Run:
                 if result.final_answer is None:
                     raise HelperError("rlm_query: the child gave no answer")
                 answer = result.final_answer
-            except BudgetExceeded as breach:
-                failure = str(breach)
-                raise HelperError(f"rlm_query: {breach}") from None
             except TimeoutError:
                 failure = f"the child took more than {config.per_child_timeout_s:g} s"
                 raise HelperError(f"rlm_query: {failure}") from None

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from kernel_env import portal
@@ -169,13 +170,8 @@ class LocalRLMRunner:
         expected_answer: Any = None,
     ) -> RLMRunResult:
         """See `run_async`; works inside a running event loop, too."""
-        return portal.run(self._run_here, context, task_prompt, model, timeout_s, expected_answer)
-
-    async def _run_here(self, *arguments: Any) -> RLMRunResult:
-        context, task_prompt, model, timeout_s, expected_answer = arguments
-        return await self.run_async(
-            context, task_prompt, model=model, timeout_s=timeout_s, expected_answer=expected_answer
-        )
+        options = {"model": model, "timeout_s": timeout_s, "expected_answer": expected_answer}
+        return portal.run(partial(self.run_async, context, task_prompt, **options))
 
     async def run_async(
         self,
