@@ -54,7 +54,7 @@ class Guard:
         self.is_interruptible = False
         """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
         self.own_code: frozenset[Any] = frozenset()
-        """The code that sets this; it must come to its end, also when a second interrupt comes at once."""
+        """The code that sets this, and the handler's: it comes to its end when a second interrupt comes."""
         self._shell = shell
         self.streams = streams
         self._shell_parts = {name: getattr(shell, name) for name in SHELL}
@@ -249,6 +249,10 @@ class Guard:
             yield
         finally:
             set_signal(signal.SIGINT, previous)
+
+
+HANDLER = (Guard._on_sigint, Guard._is_in_stream)
+"""A second interrupt that strikes in here has nothing to add: the first already asks who was at work."""
 
 
 def _codes_of_callback(frame: Any) -> list[Any]:

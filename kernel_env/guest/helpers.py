@@ -388,8 +388,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     kernel._cancel_on_sigint = the_guard.cancel_on_sigint
     lifeline = None if _guest is None else _guest.lifeline
     _guest = Guest(shell, modules, the_guard, options)
-    setters = (Guest.execute, Guest._submit_ready_answer, Guest._shown)
-    the_guard.own_code = frozenset(function.__code__ for function in setters)
+    kept_whole = (Guest.execute, Guest._submit_ready_answer, Guest._shown, *guard.HANDLER)
+    the_guard.own_code = frozenset(function.__code__ for function in kept_whole)
     if lifeline is None:
         lifeline = _guest.channel.connect()
         guard.die_with(lifeline)

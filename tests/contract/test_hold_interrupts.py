@@ -210,6 +210,18 @@ def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> N
     assert env.execute("print('whole')").observation.result.stdout == "whole\n"
 
 
+def test_a_second_interrupt_in_the_handler_of_the_first_is_dropped(start: StartEnv) -> None:
+    """It would be raised where the handler had found that none may be."""
+    code = """
+import signal, types
+handle = signal.getsignal(signal.SIGINT)
+handle(signal.SIGINT, types.SimpleNamespace(f_code=handle.__func__.__code__, f_back=None))
+print('on')
+"""
+    observation = start().execute(code).observation
+    assert (observation.status, observation.result.stdout) == ("ok", "on\n")
+
+
 def test_what_another_client_asks_for_can_be_interrupted(start: StartEnv) -> None:
     env = start()
     shown = env.get_variable("__import__('os').environ['HOME']").observation.result.stdout[1:-2]
