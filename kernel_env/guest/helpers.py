@@ -396,6 +396,9 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
     _guest.lifeline = lifeline
     # Around every request ipykernel lets SIGINT raise anywhere in itself, which costs a cell's reply.
     kernel.pre_handler_hook, kernel.post_handler_hook = _guest.before_request, _guest.after_request
+    guard.set_signal(
+        guard.signal.SIGINT, the_guard._on_sigint
+    )  # from now on, not only from the first cell on
     # What is held back of a stream comes before what is displayed after it.
     shell.display_pub._flush_streams = the_guard.before_display
     finish = type(shell.displayhook).finish_displayhook.__get__(shell.displayhook)

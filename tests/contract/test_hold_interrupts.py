@@ -202,7 +202,7 @@ def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> N
     try:
         for _ in range(150):
             observation = env.execute("class C: pass\nc = C()\nprint('x' * 1000)\nc").observation
-            assert observation.status in ("ok", "error")
+            assert observation.status in ("ok", "error"), observation.result.stderr
             assert not observation.restarted
     finally:
         ended.set()
