@@ -38,7 +38,6 @@ from kernel_env.prompts import (
     extract_code_blocks,
     format_observations,
 )
-from kernel_env.recursion import ChildTrace, RLMRunResult
 from kernel_env.rubrics import (
     CodeExecutionRubric,
     CustomMetricRubric,
@@ -48,6 +47,7 @@ from kernel_env.rubrics import (
     Rubric,
 )
 from kernel_env.runner import LocalRLMRunner
+from kernel_env.tree import ChildTrace, RLMRunResult
 from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult, Usage
 from kernel_env.workdir import Artifact
 

@@ -5,6 +5,7 @@ The message lists have the shape of chat APIs: `{"role": …, "content": …}`. 
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from kernel_env.calls import Helper
+from kernel_env.config import Limits
 from kernel_env.outputs import clip
 from kernel_env.types import REPLObservation
 
@@ -24,6 +26,7 @@ __all__ = [
     "build_rlm_system_prompt",
     "build_user_prompt",
     "describe_helpers",
+    "describe_limits",
     "extract_code_blocks",
     "format_observations",
 ]
@@ -167,6 +170,26 @@ def describe_helpers(helpers: Mapping[str, Helper]) -> str:
         doc = " ".join(helper.doc.split("\n\n")[0].split())
         lines.append(f"- `{name}{signature}`" + (f": {doc}" if doc else ""))
     return "\n".join(lines)
+
+
+def describe_limits(limits: Limits, replies: int, blocks: int) -> str:
+    """What bounds a run: its replies and blocks of code, and what each block may take."""
+    seconds = [f"after {limits.cell_active:g} s of its own work"] if limits.cell_active < math.inf else []
+    seconds += [f"after {limits.cell_total:g} s in all"] if limits.cell_total < math.inf else []
+    bounds = [
+        f"{replies} replies with at most {blocks} blocks of code",
+        *filter(
+            None,
+            [
+                f"a block is stopped {' or '.join(seconds)}" if seconds else "",
+                f"variables may take {limits.memory_bytes / 2**20:,.0f} MB",
+                f"helpers may be called {limits.helper_calls:,} times, a batch counting as its prompts",
+            ],
+        ),
+    ]
+    if limits.episode < math.inf:
+        bounds.append(f"all of it may take {limits.episode:g} s")
+    return f"Limits: {'; '.join(bounds)}."
 
 
 def _plain(annotation: Any) -> Any:

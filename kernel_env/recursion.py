@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import contextlib
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from kernel_env.answer import first_marker
-from kernel_env.budget import ModelUsage, Spending
 from kernel_env.calls import HelperFailure, note_to_cell
-from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, SkippedBlocks
 from kernel_env.errors import BudgetExceeded, HelperError, ModelError
-from kernel_env.helpers import Adapted
 from kernel_env.prompts import (
     QueryMetadata,
     build_rlm_system_prompt,
     build_user_prompt,
     describe_helpers,
+    describe_limits,
     extract_code_blocks,
     format_observations,
 )
+from kernel_env.tree import ChildTrace, Environment, Progress, RLMRunResult, RunConfig, Tree, Work
 from kernel_env.types import REPLAction, REPLObservation
 
-__all__ = ["ChildTrace", "RLMRunResult", "Run", "RunConfig", "Tree"]
+__all__ = ["Run"]
 
 log = logging.getLogger("kernel_env.runner")
 
@@ -49,151 +46,48 @@ if isinstance(answer, dict) and answer.get('content'):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How the runs of a tree work; the arguments of `LocalRLMRunner`, checked."""
-
-    chat_fn: Callable[..., Any]
-    chat: Adapted
-    system_prompt: str
-    max_iterations: int
-    max_depth: int
-    depth: int
-    env_max_iterations_multiplier: int
-    backend_factory: Callable[..., Any] | None
-    max_children_total: int | None
-    max_children_per_batch: int | None
-    result_truncation_limit: int | None
-    per_child_timeout_s: float | None
-    on_subcall_start: Callable[[int, str, str], Any] | None
-    on_subcall_complete: Callable[[int, str, float, str | None], Any] | None
-    log_level: int
-    tools: Mapping[str, Callable[..., Any]]
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of every `REPLEnvironment`."""
-    of_root: Mapping[str, Any] = field(default_factory=dict)
-    """Further ones of the root's."""
-
-
-@dataclass(frozen=True)
-class ChildTrace:
-    """One child run, as the run that started it saw it."""
-
-    depth: int
-    duration_s: float
-    prompt_preview: str
-    result_preview: str
-    error: str | None
-
-
-@dataclass(frozen=True)
-class RLMRunResult:
-    """How a run ended."""
-
-    final_answer: str | None
-    messages: list[dict[str, str]]
-    """The conversation, with the last reply."""
-    iterations: int
-    """Replies of the model that were acted on."""
-    depth: int
-    child_traces: list[ChildTrace]
-    """Of this run's own children, in the order in which they ended."""
-    episode: Episode
-    """The record, with those of the children."""
-    usage: ModelUsage
-    """Of this run and all its children; of a child's result, of the whole tree so far."""
-    usage_by_model: dict[str, ModelUsage]
-    usage_by_depth: dict[int, ModelUsage]
-    stopped_by: str | None
-    """The budget that ended the run, with what was used of it; None if none did."""
-
-
-class Tree:
-    """What all runs of one tree share.
-
-    A child has one of its level's places for as long as it lives, so that there are never more kernels than
-    these, and one of the workers' while it works. Who holds a place of a level waits for deeper ones alone,
-    and the deepest level waits for none: so no tree can wait for itself.
-    """
-
-    def __init__(self, workers: int, depth: int, spending: Spending) -> None:
-        self.spending = spending
-        self.workers = asyncio.Semaphore(workers)
-        self.levels = [asyncio.Semaphore(workers) for _ in range(depth + 1)]
-        self.children = 0
-        """Children that were started."""
-
-    async def spending_left(self) -> dict[str, float | None]:
-        """What is left of the whole run's budget: tokens, cost, seconds, …; None where there is no bound."""
-        return self.spending.left()
-
-
-class _Work:
-    """A child's place among the workers, lent to its own children while it waits for them."""
-
-    def __init__(self, workers: asyncio.Semaphore) -> None:
-        self._workers = workers
-        self._is_held = False
-        self._waits = 0
-
-    @contextlib.asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        await self._take()
-        try:
-            yield
-        finally:
-            self._give_back()
-
-    @contextlib.asynccontextmanager
-    async def lent(self) -> AsyncIterator[None]:
-        self._waits += 1
-        self._give_back()
-        try:
-            yield
-        finally:
-            self._waits -= 1  # several threads of a cell may wait at once
-        if self._waits == 0:
-            await self._take()
-
-    async def _take(self) -> None:
-        await self._workers.acquire()
-        self._is_held = True
-
-    def _give_back(self) -> None:
-        if self._is_held:
-            self._is_held = False
-            self._workers.release()
-
-
 class Run:
     """One run of the tree: one episode, and the conversation about it."""
 
-    def __init__(self, config: RunConfig, tree: Tree, work: _Work | None, model: str | None) -> None:
+    def __init__(
+        self, config: RunConfig, tree: Tree, work: Work | None, model: str | None, prompt: str = ""
+    ) -> None:
         self._config = config
         self._tree = tree
         self._work = work
         self._is_root = work is None
         self._model = model
         self._traces: list[ChildTrace] = []
-        self._children: list[Episode] = []
+        self.children: list[Episode] = []
         self.record: Episode | None = None
+        self.progress = Progress(prompt, model or "")
 
     async def go(self, context: Any, task_prompt: str, expected_answer: Any = None) -> RLMRunResult:
         config = self._config
         tools = {**config.tools, "budget": self._tree.spending_left}
         steps = config.max_iterations * config.env_max_iterations_multiplier
-        options = {**config.environment, "tools": tools, "max_iterations": steps, **self._functions()}
+        options = {
+            **config.environment,
+            "limits": config.limits,
+            "tools": tools,
+            "max_iterations": steps,
+            **self.functions(),
+        }
         if self._is_root:
             options |= config.of_root
-        env = REPLEnvironment(**options)
+        env = config.make_env(**options)
         try:
             first = await env.reset_async(
                 context=context, task_prompt=task_prompt, expected_answer=expected_answer
             )
             record = self.record = env.episode
-            record.children = self._children
+            record.children = self.children
             metadata = QueryMetadata.of(context, first.context_length)
-            notes = [describe_helpers(env.helpers), *self._tree.spending.describe()]
+            notes = [
+                describe_helpers(env.helpers),
+                describe_limits(config.limits, config.max_iterations, steps),
+                *self._tree.spending.describe(),
+            ]
             record.messages = build_rlm_system_prompt(config.system_prompt, metadata, notes=notes)
             stopped_by = None
             try:
@@ -219,11 +113,12 @@ class Run:
             stopped_by=stopped_by,
         )
 
-    async def _converse(self, env: REPLEnvironment, task_prompt: str) -> int:
+    async def _converse(self, env: Environment, task_prompt: str) -> int:
         config, messages = self._config, env.episode.messages
         messages.append(build_user_prompt(task_prompt))
         for iteration in range(1, config.max_iterations + 1):
             reply = await self._ask(messages)
+            self.progress.turn = iteration
             messages.append({"role": "assistant", "content": reply})
             blocks = extract_code_blocks(reply)
             log.log(config.log_level, "depth %d, turn %d: %d blocks", config.depth, iteration, len(blocks))
@@ -238,7 +133,7 @@ class Run:
         await self._ask_for_the_last(env)
         return iteration
 
-    async def _execute(self, env: REPLEnvironment, blocks: list[str]) -> list[REPLObservation]:
+    async def _execute(self, env: Environment, blocks: list[str]) -> list[REPLObservation]:
         observations = []
         for number, block in enumerate(blocks, start=1):
             observations.append(await env.step_async(REPLAction(code=block)))
@@ -249,7 +144,7 @@ class Run:
                 break
         return observations
 
-    async def _ask_for_the_last(self, env: REPLEnvironment) -> None:
+    async def _ask_for_the_last(self, env: Environment) -> None:
         """Without iterations left, what the model says is the answer."""
         messages = env.episode.messages
         if messages[-1]["role"] == "user":
@@ -296,7 +191,7 @@ class Run:
 
     # What the kernel's helpers come to.
 
-    def _functions(self) -> dict[str, Any]:
+    def functions(self) -> dict[str, Any]:
         config = self._config
         if config.backend_factory is None:
             return {"llm_query_fn": self._query, "subcall_fn": self._child, "subcall_batch_fn": self._batch}
@@ -316,7 +211,7 @@ class Run:
 
     async def _query(self, prompt: str, model: str | None = None) -> str:
         try:
-            return await self._ask([{"role": "user", "content": prompt}], model)
+            return await self._ask([{"role": "user", "content": prompt}], model or self._config.sub_model)
         except BudgetExceeded as breach:
             raise HelperError(f"llm_query: {breach}") from None
 
@@ -351,12 +246,13 @@ class Run:
 
     async def _run_child(self, prompt: str, model: str | None, context: Any) -> str:
         config = replace(self._config, depth=self._config.depth + 1)
-        work = _Work(self._tree.workers)
+        work, model = Work(self._tree.workers), model or config.sub_model or self._model
         async with self._tree.levels[config.depth], work.held():
-            began, told = time.monotonic(), model or self._model or ""
-            _tell(config.on_subcall_start, config.depth, told, prompt[:_PREVIEW])
+            preview = prompt[:_PREVIEW]
             answer, failure = "", None
-            run = Run(config, self._tree, work, model or self._model)
+            run = Run(config, self._tree, work, model, preview)
+            self.progress.children.append(run.progress)
+            _tell(config.on_subcall_start, config.depth, model or "", preview)
             try:
                 async with asyncio.timeout(config.per_child_timeout_s):
                     result = await run.go(prompt if context is None else context, prompt)
@@ -371,12 +267,10 @@ class Run:
                 raise
             finally:
                 if run.record is not None:
-                    self._children.append(run.record)
-                seconds = time.monotonic() - began
-                self._traces.append(
-                    ChildTrace(config.depth, seconds, prompt[:_PREVIEW], answer[:_PREVIEW], failure)
-                )
-                _tell(config.on_subcall_complete, config.depth, told, seconds, failure)
+                    self.children.append(run.record)
+                seconds = run.progress.end(failure)
+                self._traces.append(ChildTrace(config.depth, seconds, preview, answer[:_PREVIEW], failure))
+                _tell(config.on_subcall_complete, config.depth, model or "", seconds, failure)
         limit = config.result_truncation_limit
         if limit is None or len(answer) <= limit:
             return answer

@@ -17,13 +17,14 @@ from typing import Any
 
 from kernel_env import portal
 from kernel_env.budget import Budget, ModelUsage, Spending
-from kernel_env.config import Limits, check_count, check_seconds, check_text, from_env
+from kernel_env.config import Limits, check_count, check_seconds, check_text
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode, Turn
 from kernel_env.errors import ConfigError, ResetRequired
 from kernel_env.helpers import Adapted
 from kernel_env.prompts import RLM_SYSTEM_PROMPT
-from kernel_env.recursion import RLMRunResult, Run, RunConfig, Tree
+from kernel_env.recursion import Run
+from kernel_env.tree import Progress, RLMRunResult, RunConfig, Tree
 
 __all__ = ["LocalRLMRunner"]
 
@@ -52,6 +53,7 @@ class LocalRLMRunner:
         on_subcall_complete: `(depth, model, duration_s, error)`.
         verbose: log each turn on the logger `kernel_env.runner`, at INFO instead of DEBUG.
         tools, limits, isolation, kernel_name, rubric: of every episode of the tree, as for `REPLEnvironment`.
+        sub_model: asked by `llm_query` and by children, unless a call names another; default the run's own.
         budget: of the whole tree; a run that has used it up ends with what it has in `answer["content"]`.
             `budget()` in the kernels tells what is left.
         cost: of one reply, from the tokens it took.
@@ -84,6 +86,7 @@ class LocalRLMRunner:
         isolation: str = "auto",
         kernel_name: str = "python3",
         rubric: Any = None,
+        sub_model: str | None = None,
         budget: Budget | None = None,
         cost: Callable[[ModelUsage], float] | None = None,
         on_output: Callable[[dict[str, Any]], None] | None = None,
@@ -99,6 +102,10 @@ class LocalRLMRunner:
         ):
             check_count(name, value)
         check_count("depth", depth, least=0)
+        if sub_model is not None:
+            check_text("sub_model", sub_model)
+            if "model" not in Adapted(llm_chat_fn, ("model",)).options:
+                raise ConfigError(f"sub_model = {sub_model!r}: llm_chat_fn takes no model")
         for name, bound in (
             ("max_children_total", max_children_total),
             ("max_children_per_batch", max_children_per_batch),
@@ -111,24 +118,26 @@ class LocalRLMRunner:
         if budget is not None and not isinstance(budget, Budget):
             raise ConfigError(f"budget = {budget!r}; give a Budget")
         environment: dict[str, Any] = {
-            "limits": limits,
             "isolation": isolation,
             "rubric": rubric,
             "kernel_name": kernel_name,
         }
         of_root: dict[str, Any] = {"on_output": on_output, "on_turn": on_turn}
-        REPLEnvironment(tools=tools, **environment, **of_root)  # what it refuses is refused here
+        REPLEnvironment(
+            tools=tools, limits=limits, **environment, **of_root
+        )  # what it refuses is refused here
         if "budget" in (tools or {}):
             raise ConfigError("tools['budget']: the name is reserved in runs; choose another")
         self._workers = max_batch_workers
         self._budget, self._cost = budget or Budget(), cost
         self._config = RunConfig(
             chat_fn=llm_chat_fn,
-            chat=Adapted(llm_chat_fn, ("model",)),
+            make_env=REPLEnvironment,
             system_prompt=system_prompt,
             max_iterations=max_iterations,
             max_depth=max_depth,
             depth=depth,
+            sub_model=sub_model,
             env_max_iterations_multiplier=env_max_iterations_multiplier,
             backend_factory=backend_factory,
             max_children_total=max_children_total,
@@ -139,10 +148,12 @@ class LocalRLMRunner:
             on_subcall_complete=on_subcall_complete,
             log_level=logging.INFO if verbose else logging.DEBUG,
             tools=tools or {},
+            limits=limits or Limits(),
             environment=environment,
             of_root=of_root,
         )
         self._last: Run | None = None
+        self._spending: Spending | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -159,6 +170,13 @@ class LocalRLMRunner:
         if self._last is None or self._last.record is None:
             raise ResetRequired("there is no episode yet; call run() first")
         return self._last.record
+
+    @property
+    def progress(self) -> tuple[Progress, ModelUsage] | None:
+        """The present or last run as it stands, and what its tree has used; readable from any thread."""
+        if self._last is None or self._spending is None:
+            return None
+        return self._last.progress, self._spending.total
 
     def run(
         self,
@@ -193,17 +211,14 @@ class LocalRLMRunner:
         """
         if timeout_s is not None:
             check_seconds("timeout_s", timeout_s)
-        depth, most = self._config.max_depth, from_env().max_kernels
-        at_once = 1 + self._workers * (depth - 1)
-        if at_once > most:
-            raise ConfigError(
-                f"KERNEL_ENV_MAX_KERNELS is {most}, and a tree with max_depth={depth} and "
-                f"max_batch_workers={self._workers} may hold {at_once} kernels at once"
-            )
         async with asyncio.timeout(timeout_s):
-            tree = Tree(self._workers, depth, Spending(self._budget, self._cost))
-            self._last = Run(self._config, tree, None, model)
-            return await self._last.go(context, task_prompt, expected_answer)
+            tree = Tree(self._workers, self._config.max_depth, Spending(self._budget, self._cost))
+            self._last = Run(self._config, tree, None, model, task_prompt)
+            self._spending = tree.spending
+            try:
+                return await self._last.go(context, task_prompt, expected_answer)
+            finally:
+                self._last.progress.end(None)
 
 
 def _check_chat(function: object) -> None:

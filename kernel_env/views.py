@@ -17,7 +17,7 @@ from rich.text import Text
 
 from kernel_env.episode import Episode, Turn
 from kernel_env.outputs import stderr_text, stdout_text
-from kernel_env.recursion import RLMRunResult
+from kernel_env.tree import RLMRunResult
 
 __all__ = ["Job", "JsonView", "RunView", "View"]
 
