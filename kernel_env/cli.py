@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernel_env import example
-from kernel_env.budget import Budget
+from kernel_env.budget import Budget, ModelUsage
 from kernel_env.errors import ConfigError, KernelEnvError, ResetRequired, SandboxUnavailable
 from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
 from kernel_env.llm import HFChatModel
@@ -85,10 +86,18 @@ def run(
     base_url: Annotated[
         str | None, typer.Option(help="Its OpenAI-compatible server; default the Hugging Face Hub.")
     ] = None,
+    sub_model: Annotated[
+        str | None, typer.Option(help="Asked by llm_query and by children; default the same.")
+    ] = None,
     max_depth: Annotated[int, typer.Option(help="Levels of runs of the model; 1: no children.")] = 2,
     budget_tokens: Annotated[float | None, typer.Option(help="Of the whole tree of runs.")] = None,
     budget_seconds: Annotated[float | None, typer.Option(help="Of the whole tree of runs.")] = None,
     budget_calls: Annotated[float | None, typer.Option(help="Calls of models, of the whole tree.")] = None,
+    budget_cost: Annotated[float | None, typer.Option(help="Of the whole tree, by --prices.")] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(help="Of a million prompt and completion tokens, as 0.5,1.5.", metavar="IN,OUT"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The notebook to write.")] = Path("episode.ipynb"),
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per turn, nothing else.")] = False,
 ) -> None:
@@ -103,12 +112,21 @@ def run(
         if model is not None or base_url is not None:
             if script is not None or as_json or seed is not None or timeout is not None:
                 raise ConfigError("--script, --json, --seed and --timeout do not go with --model")
-            given = {"tokens": budget_tokens, "seconds": budget_seconds, "model_calls": budget_calls}
+            given = {
+                "tokens": budget_tokens,
+                "seconds": budget_seconds,
+                "model_calls": budget_calls,
+                "cost": budget_cost,
+            }
+            if budget_cost is not None and prices is None:
+                raise ConfigError("--budget-cost needs --prices: what a million tokens cost")
             view = RunView(console)
             runner = LocalRLMRunner(
                 HFChatModel(model, base_url=base_url),
                 max_iterations=30 if max_iterations is None else max_iterations,
                 max_depth=max_depth,
+                sub_model=sub_model,
+                cost=_cost(prices),
                 isolation=isolation,
                 kernel_name=kernel,
                 budget=Budget(**{name: value for name, value in given.items() if value is not None}),
@@ -163,13 +181,26 @@ def _work(
     runner: LocalRLMRunner, view: RunView, context: Any, task: str, expected: str | None, out: Path
 ) -> None:
     """Have a model work on the task."""
-    view.open(task, str(runner.model), len(context if isinstance(context, str) else json.dumps(context)))
+    view.open(task, runner, len(context if isinstance(context, str) else json.dumps(context)))
     try:
         view.result(runner.run(context, task, expected_answer=expected))
     finally:
+        view.close()
         with contextlib.suppress(ResetRequired):  # whatever ended it, Ctrl-C too
             write_notebook(runner.episode, out)
             view.end(runner.episode, out, 0)
+
+
+def _cost(prices: str | None) -> Callable[[ModelUsage], float] | None:
+    if prices is None:
+        return None
+    try:
+        prompt, completion = map(float, prices.split(","))
+    except ValueError:
+        prompt = completion = -1.0
+    if not (0 <= prompt < math.inf and 0 <= completion < math.inf):
+        raise ConfigError(f"--prices {prices!r}: give two numbers >= 0 with a comma, as 0.5,1.5")
+    return lambda usage: (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
 
 
 def _job(context: str | None, task: str | None, expected: str | None, script: Path | None) -> Job:

@@ -165,18 +165,9 @@ class EnvConfig:
             isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in self.preload
         ):
             raise ConfigError(f"preload = {self.preload!r}; give a sequence of module names")
-        self._refuse_what_is_not_there()
-
-    def _refuse_what_is_not_there(self) -> None:
-        if self.rlm_max_depth != 1:
-            raise ConfigError(
-                f"rlm_max_depth={self.rlm_max_depth!r}: an environment asks no model; use LocalRLMRunner"
-            )
+        check_count("rlm_max_depth", self.rlm_max_depth)
         if self.rlm_max_iterations is not None:
-            raise ConfigError(
-                f"rlm_max_iterations={self.rlm_max_iterations!r}: an environment asks no model; "
-                "use LocalRLMRunner"
-            )
+            check_count("rlm_max_iterations", self.rlm_max_iterations)
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

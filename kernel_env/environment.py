@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from kernel_env.config import EnvConfig, Limits, check_count, check_seconds, che
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import ConfigError, ResetRequired, UsageError
 from kernel_env.helpers import HostHelpers
+from kernel_env.own_model import OwnModel
 from kernel_env.rollout import Rollout
 from kernel_env.rubrics import REPLRubric, Scorer
 from kernel_env.types import EnvironmentMetadata, REPLAction, REPLObservation, REPLState
@@ -38,6 +40,7 @@ class REPLEnvironment:
         llm_batch_fn: `(prompts)` or `(prompts, model)` → texts; without it batches are concurrent singles.
         subcall_fn: `(prompt, model)` and, if it can, `context` → text, behind `rlm_query`.
         subcall_batch_fn: the same for `prompts` and `contexts`.
+        rlm_max_depth, rlm_max_iterations: for episodes with an `llm_model`; see `reset_async`.
         kernel_name: an installed kernelspec of an IPython kernel.
         limits: bounds on time, memory, processes, files, sizes and restarts.
         isolation: "sandbox", "process", or "auto", a sandbox where there can be one.
@@ -48,8 +51,7 @@ class REPLEnvironment:
         on_turn: called with each finished `Turn`; sync or async.
 
     Raises:
-        ConfigError: an argument cannot be used. `rlm_max_depth` and `rlm_max_iterations` are refused in
-            this version.
+        ConfigError: an argument cannot be used.
     """
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -108,6 +110,9 @@ class REPLEnvironment:
         self._lifecycle = asyncio.Lock()
         self._rollout: Rollout | None = None
         self._episode: Episode | None = None
+        self._in_force = config
+        """The config of the present episode, which may have a model of its own."""
+        self._model: OwnModel | None = None
 
     # The sync edge.
 
@@ -175,8 +180,8 @@ class REPLEnvironment:
 
     @property
     def helpers(self) -> dict[str, Helper]:
-        """Name → helper, of what this environment puts into its kernels."""
-        return HostHelpers(self._config).available()
+        """Name → helper, of what the present episode has in its kernel."""
+        return HostHelpers(self._in_force).available()
 
     def get_metadata(self) -> EnvironmentMetadata:
         """Name, description and version, for a server or a registry; the name is OpenEnv's."""
@@ -205,7 +210,10 @@ class REPLEnvironment:
         """End the episode there was, if any, and begin one in a fresh kernel.
 
         Nothing given here reaches the next reset. `seed` seeds `random` and numpy's global generator;
-        `expected_answer` goes to the rubric and nowhere else.
+        `expected_answer` goes to the rubric and nowhere else. `llm_model`, with `hf_token`, is an
+        `HFChatModel` that answers `llm_query` in this episode, in place of functions given at construction;
+        `rlm_max_depth` above 1 lets its `rlm_query` calls work in child episodes, of at most
+        `rlm_max_iterations` replies (default 30) each.
 
         Raises:
             ConfigError: an argument cannot be used; the episode there was goes on.
@@ -213,12 +221,6 @@ class REPLEnvironment:
             KernelStartError: no kernel became ready; there is no episode.
         """
         self._check_process()
-        _refuse_what_is_not_there(
-            hf_token=hf_token,
-            llm_model=llm_model,
-            rlm_max_depth=rlm_max_depth,
-            rlm_max_iterations=rlm_max_iterations,
-        )
         if seed is not None:
             check_count("seed", seed, least=0)
             if seed >= 2**64:
@@ -231,12 +233,22 @@ class REPLEnvironment:
         given = Context.of(_first(context, self._default_context, defaults.context, ""))
         prompt = _first(task_prompt, self._default_task_prompt, defaults.task_prompt, "")
         check_text("task_prompt", prompt)
+        config = replace(
+            self._config,
+            rlm_max_depth=_first(rlm_max_depth, self._config.rlm_max_depth),
+            rlm_max_iterations=(
+                self._config.rlm_max_iterations if rlm_max_iterations is None else rlm_max_iterations
+            ),
+        )
+        model = OwnModel.of(config, REPLEnvironment, llm_model=llm_model, hf_token=hf_token)
+        config = config if model is None else model.config
         self._bind()
         async with self._lifecycle:
             await self._end_rollout()
+            self._in_force, self._model = config, model
             self._scorer.begin(expected_answer)
             self._rollout = await Rollout.start(
-                self._config,
+                config,
                 self._scorer,
                 given,
                 task_prompt=prompt,
@@ -245,6 +257,8 @@ class REPLEnvironment:
                 episode_id=episode_id,
             )
             self._episode = self._rollout.record
+            if model is not None:
+                self._episode.children = model.children
             return self._rollout.first_observation()
 
     async def step_async(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation:
@@ -315,6 +329,9 @@ class REPLEnvironment:
         if self._rollout is not None:
             await self._rollout.close()
             self._rollout = None
+        if self._model is not None:
+            await self._model.close()
+            self._model = None
 
     # What must hold before anything runs.
 
@@ -351,15 +368,6 @@ class REPLEnvironment:
 
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _refuse_what_is_not_there(**options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(
-                f"reset({name}=…): an environment asks no model by itself; "
-                "use LocalRLMRunner with an HFChatModel, or give llm_query_fn or subcall_fn"
-            )
 
 
 def _check_action(action: object) -> None:

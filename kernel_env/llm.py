@@ -135,6 +135,10 @@ class HFChatModel:
         reply: ChatReply = await self._retrying(self._ask, messages, model or self.model)
         return reply
 
+    async def close(self) -> None:
+        """Close the connections to the server."""
+        await self._client.close()  # type: ignore[no-untyped-call]
+
     async def _ask(self, messages: Messages, model: str | None) -> ChatReply:
         try:
             async with asyncio.timeout(self._timeout):

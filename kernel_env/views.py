@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.text import Text
+from rich.tree import Tree as RichTree
 
+from kernel_env.budget import ModelUsage
 from kernel_env.episode import Episode, Turn
 from kernel_env.outputs import stderr_text, stdout_text
-from kernel_env.tree import RLMRunResult
+from kernel_env.runner import LocalRLMRunner
+from kernel_env.tree import Progress, RLMRunResult
 
 __all__ = ["Job", "JsonView", "RunView", "View"]
 
@@ -123,17 +127,29 @@ class JsonView:
 
 
 class RunView(View):
-    """A run of a model: the turns of its root as they end, and a line for each child."""
+    """A run of a model: the turns of its root as they end, and below them, redrawn, the tree of its children.
+
+    Where the output is no terminal, a line for each child instead of the tree.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._began = time.monotonic()
         self._number = 0
+        self._live: Live | None = None
 
-    def open(self, task: str, model: str, length: int) -> None:
+    def open(self, task: str, runner: LocalRLMRunner, length: int) -> None:
         lines = [f"Task: {task}"] if task else []
-        lines += [f"Context: {length:,} characters", f"Model: {model}"]
+        lines += [f"Context: {length:,} characters", f"Model: {runner.model}"]
         self._console.print(Panel(Text("\n".join(lines)), title="Run", title_align="left"))
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console,
+                get_renderable=lambda: _tree(runner.progress, self._console.height // 2),
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._live.start()
 
     def turn(self, turn: Turn) -> None:
         self._number += 1
@@ -143,21 +159,72 @@ class RunView(View):
         super().turn(turn)
 
     def child_begins(self, depth: int, model: str, prompt: str) -> None:
-        self._tell(depth, f"child begins: {' '.join(prompt.split())[:80]}")
+        self._tell(depth, f"child begins: {_line(prompt)}")
 
     def child_ends(self, depth: int, model: str, seconds: float, error: str | None) -> None:
         self._tell(depth, f"child ended after {seconds:.1f} s" + (f": {error}" if error else ""))
 
     def _tell(self, depth: int, text: str) -> None:
-        elapsed = time.monotonic() - self._began
-        self._console.print(Text(f"{'│ ' * depth}{elapsed:6.1f} s  {text}", style="dim"), highlight=False)
+        if self._live is None:
+            elapsed = time.monotonic() - self._began
+            line = Text(f"{'│ ' * depth}{elapsed:6.1f} s  {text}", style="dim")
+            self._console.print(line, highlight=False)
+
+    def close(self) -> None:
+        """Stop redrawing; what is printed from here on stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def result(self, result: RLMRunResult) -> None:
-        usage = result.usage
-        facts = [f"{usage.calls} model calls", f"{usage.prompt_tokens + usage.completion_tokens:,} tokens"]
-        facts.append(f"{time.monotonic() - self._began:.1f} s")
-        if usage.cost:
-            facts.append(f"cost {usage.cost:g}")
+        self.close()
+        children = len(result.child_traces)
+        facts = [_spent(result.usage), f"{time.monotonic() - self._began:.1f} s"]
+        facts += [f"{children} child" + "ren" * (children > 1)] if children else []
         self._console.print(Text(" · ".join(facts), style="cyan"))
         if result.stopped_by is not None:
             self._console.print(Text(f"Stopped: {result.stopped_by}", style="yellow"))
+
+
+def _spent(usage: ModelUsage) -> str:
+    tokens = usage.prompt_tokens + usage.completion_tokens
+    cost = f" · cost {usage.cost:,.4g}" if usage.cost else ""
+    return f"{usage.calls} model call{'s' * (usage.calls != 1)} · {tokens:,} tokens{cost}"
+
+
+def _line(prompt: str) -> str:
+    return " ".join(prompt.split())[:80]
+
+
+def _tree(progress: tuple[Progress, ModelUsage] | None, most: int) -> RenderableType:
+    """The runs as they stand, in at most `most` lines and one: of ended children, the latest."""
+    if progress is None:
+        return Text("waiting for a kernel …", style="dim")
+    run, usage = progress
+    tree = RichTree(Text(f"{_state(run)} · {_spent(usage)}", style="cyan"), guide_style="dim")
+    _grow(tree, run, most)
+    return tree
+
+
+def _grow(tree: RichTree, run: Progress, most: int) -> int:
+    """Add the children of `run` in at most `most` lines; returns the lines that are left."""
+    children = list(run.children)
+    going = [child for child in children if child.seconds is None]
+    ended = [child for child in children if child.seconds is not None]
+    shown = (ended[-max(most - len(going), 0) :] if most > len(going) else []) + going
+    if len(shown) < len(children):
+        tree.add(Text(f"… {len(children) - len(shown):,} more have ended", style="dim"))
+    for child in shown:
+        if most <= 0:
+            break
+        style = "red" if child.error else "dim" if child.seconds is not None else "default"
+        branch = tree.add(Text(f"{_line(child.prompt)} · {_state(child)}", style=style, no_wrap=True))
+        most = _grow(branch, child, most - 1)
+    return most
+
+
+def _state(run: Progress) -> str:
+    seconds = time.monotonic() - run.began if run.seconds is None else run.seconds
+    if run.error is not None:
+        return f"failed after {seconds:.1f} s: {run.error}"
+    return f"{'turn' if run.seconds is None else 'ended after turn'} {run.turn} · {seconds:.1f} s"

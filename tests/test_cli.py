@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -201,6 +204,55 @@ def test_a_model_that_is_not_there_is_an_error_and_the_notebook_is_written(
     assert (tmp_path / "episode.ipynb").exists()
 
 
-def test_what_does_not_go_with_a_model_is_refused(tmp_path: Path) -> None:
-    done = kernel_env("run", "--model", "m", "--seed", 1, cwd=tmp_path, fails=2)
-    assert "do not go with --model" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seed", 1], "do not go with --model"),
+        (["--budget-cost", 1], "--budget-cost needs --prices"),
+        (["--prices", "1"], "--prices '1': give two numbers >= 0"),
+        (["--prices", "1,nan"], "--prices '1,nan'"),
+        (["--budget-tokens", -1], "Budget.tokens = -1.0; give a number > 0"),
+        (["--max-depth", 0], "max_depth = 0"),
+    ],
+)
+def test_what_does_not_go_with_a_model_is_refused(
+    tmp_path: Path, arguments: list[object], words: str
+) -> None:
+    done = kernel_env("run", "--model", "m", *arguments, cwd=tmp_path, fails=2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sub_models_are_asked_below_the_root_and_all_has_its_price(server: Server, tmp_path: Path) -> None:
+    for reply in (ROOT, "```repl\nFINAL(llm_query(context))\n```", "LEAF"):
+        server.say(completion(reply))
+    arguments = ["--model", "big", "--sub-model", "small", "--base-url", server.url]
+    costs = ["--prices", "1000,10000", "--budget-cost", 5]
+    shown = kernel_env("run", *arguments, *costs, cwd=tmp_path).stdout
+    assert [request["model"] for request in server.requests] == ["big", "small", "small"]
+    assert "3 model calls · 54 tokens · cost 0.243" in shown
+    assert "1 child" in shown
+    assert "Answer: LEAF" in shown
+
+
+def test_a_terminal_shows_the_tree_as_it_stands(server: Server, tmp_path: Path) -> None:
+    server.say(completion(ROOT))
+    server.say(completion(CHILD), wait=1.5)
+    command = [*KERNEL_ENV, "run", "--model", "m", "--base-url", server.url, "--task", "Shout it."]
+    terminal, inner = pty.openpty()
+    env = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm-256color"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=inner, stderr=inner, stdin=subprocess.DEVNULL, env=env
+    ) as process:
+        os.close(inner)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while data := os.read(terminal, 65536):
+                shown += data
+    os.close(terminal)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert process.returncode == 0, text
+    assert re.search(r"turn 1 · \d\.\d s · 1 model call · 18 tokens", text)
+    assert re.search(r"── shout · turn 0 · 1\.\d s", text)
+    assert "child begins" not in text
+    assert "Notebook: episode.ipynb" in text

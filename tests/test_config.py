@@ -37,8 +37,8 @@ async def asynchronous(output: Any) -> None:
         ({"preload": "numpy"}, r"preload = 'numpy'; give a sequence of module names"),
         ({"preload": ["numpy.", "os"]}, r"preload = \['numpy.', 'os'\]"),
         ({"preload": [5]}, r"preload = \[5\]"),
-        ({"rlm_max_depth": 2}, "rlm_max_depth=2"),
-        ({"rlm_max_iterations": 5}, "rlm_max_iterations=5"),
+        ({"rlm_max_depth": 0}, "rlm_max_depth = 0"),
+        ({"rlm_max_iterations": -5}, "rlm_max_iterations = -5"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_named_at_construction(

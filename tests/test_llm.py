@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from kernel_env import ChatReply, ConfigError, HFChatModel, LocalRLMRunner, ModelError, ScriptedChatModel
+from kernel_env import (
+    ChatReply,
+    ConfigError,
+    HFChatModel,
+    LocalREPLEnv,
+    LocalRLMRunner,
+    ModelError,
+    ScriptedChatModel,
+)
 from kernel_env.notebook import to_notebook
 
 from .chat_server import Server, completion
@@ -129,3 +137,43 @@ def test_a_script_of_replies_a_function_and_a_notebook(tmp_path: Path) -> None:
     assert (result.final_answer, result.iterations) == ("3", 2)
     with pytest.raises(ConfigError, match="give replies"):
         ScriptedChatModel([5])  # type: ignore[list-item]
+
+
+def test_a_model_named_at_reset_answers_in_that_episode_alone(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.say(completion("one"))
+    server.say(completion("two"))
+    server.say(b'{"error": {"message": "no credit"}}', 402)
+    with LocalREPLEnv(llm_query_fn=str.upper) as env:
+        env.reset(llm_model=server.url, hf_token=TOKEN)
+        shown = env.execute(
+            "import os; print(llm_query('a'), llm_query_batched(['b']), os.environ)"
+        ).observation
+        assert shown.result.stdout.startswith("one ['two'] ")
+        failed = env.execute("rlm_query('c')").observation
+        assert failed.result.exception == "HelperError: rlm_query failed: ModelError"
+        env.export(tmp_path / "episode.ipynb")
+        told = [
+            shown.model_dump_json(),
+            repr(env.episode),
+            (tmp_path / "episode.ipynb").read_text(),
+            repr(env),
+        ]
+        env.reset()
+        assert env.execute("print(llm_query('a'))").observation.result.stdout == "A\n"
+    assert server.tokens == [f"Bearer {TOKEN}"] * 3
+    assert not any(TOKEN in text for text in [*told, caplog.text])
+
+
+def test_a_model_named_at_reset_works_in_child_episodes(server: Server) -> None:
+    server.say(completion("```repl\nFINAL(rlm_query(context, context=7))\n```"))
+    server.say(completion("```repl\nFINAL(context * 6)\n```"))
+    with LocalREPLEnv() as env:
+        env.reset(llm_model=server.url, hf_token=TOKEN, rlm_max_depth=3, rlm_max_iterations=4)
+        shown = env.execute("print(rlm_query('begin'))").observation.result
+        assert shown.stdout == "42\n", shown.stderr
+        (child,) = env.episode.children
+        assert (child.final_answer, child.children[0].final_answer) == ("42", "42")
+        assert "4 replies" in child.messages[1]["content"]

@@ -38,6 +38,7 @@ LAYERS = [
     {"notebook", "example", "example_cells"},
     {"prompts", "llm", "tree"},
     {"recursion"},
+    {"own_model"},
     {"environment"},
     {"local", "runner"},
     {"views"},

@@ -434,10 +434,13 @@ def test_the_record_of_an_episode(make: MakeFacade) -> None:
         ({"task_prompt": 5}, "task_prompt = 5"),
         ({"episode_id": 5}, "episode_id = 5"),
         ({"context": CYCLIC}, "contains itself"),
-        ({"hf_token": "t"}, "hf_token"),
-        ({"llm_model": "m"}, "llm_model"),
-        ({"rlm_max_depth": 2}, "rlm_max_depth"),
-        ({"rlm_max_iterations": 2}, "rlm_max_iterations"),
+        ({"hf_token": "t"}, "without llm_model: name the model"),
+        ({"hf_token": 5, "llm_model": "m"}, "hf_token=…"),
+        ({"llm_model": ""}, "llm_model=''"),
+        ({"rlm_max_depth": 2}, "rlm_max_depth=2: children need a chat model"),
+        ({"rlm_max_depth": 0}, "rlm_max_depth = 0"),
+        ({"rlm_max_iterations": 2}, "rlm_max_iterations=2"),
+        ({"llm_model": "m", "rlm_max_depth": 10**6}, "KERNEL_ENV_MAX_KERNELS"),
     ],
 )
 def test_a_bad_reset_says_what_is_wrong_and_keeps_the_episode(
