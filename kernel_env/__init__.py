@@ -21,11 +21,13 @@ from kernel_env.errors import (
     KernelStartError,
     LimitExceeded,
     ModelError,
+    NotebookError,
     ResetRequired,
     RubricError,
     SandboxUnavailable,
     UsageError,
 )
+from kernel_env.exporters import EXPORTERS
 from kernel_env.llm import ChatModel, ChatReply, HFChatModel, ScriptedChatModel
 from kernel_env.local import LocalREPLEnv
 from kernel_env.notebook import to_notebook, write_notebook
@@ -38,6 +40,7 @@ from kernel_env.prompts import (
     extract_code_blocks,
     format_observations,
 )
+from kernel_env.replay import ReplayReport, replay
 from kernel_env.rubrics import (
     CodeExecutionRubric,
     CustomMetricRubric,
@@ -52,6 +55,7 @@ from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLS
 from kernel_env.workdir import Artifact
 
 __all__ = [
+    "EXPORTERS",
     "RLM_SYSTEM_PROMPT",
     "RLM_SYSTEM_PROMPT_QWEN",
     "Artifact",
@@ -83,6 +87,7 @@ __all__ = [
     "LocalRLMRunner",
     "ModelError",
     "ModelUsage",
+    "NotebookError",
     "QueryMetadata",
     "REPLAction",
     "REPLEnvironment",
@@ -90,6 +95,7 @@ __all__ = [
     "REPLRubric",
     "REPLState",
     "RLMRunResult",
+    "ReplayReport",
     "ResetRequired",
     "Rubric",
     "RubricError",
@@ -103,6 +109,7 @@ __all__ = [
     "build_user_prompt",
     "extract_code_blocks",
     "format_observations",
+    "replay",
     "to_notebook",
     "write_notebook",
 ]
@@ -111,6 +118,6 @@ logging.getLogger("kernel_env").addHandler(logging.NullHandler())
 
 for _name in __all__:
     # So that reprs and tracebacks say kernel_env.ConfigError, whatever file it lives in.
-    if not isinstance(globals()[_name], str):
+    if not isinstance(globals()[_name], str | dict):
         globals()[_name].__module__ = "kernel_env"
 del _name

@@ -162,7 +162,7 @@ class Bridge:
                 HelperCall(
                     name=name,
                     arguments=arguments,
-                    result=None if error else result,
+                    result=None if error else _as_sent(result),
                     failed=_failures(result),
                     error=error,
                     started=started,
@@ -379,6 +379,15 @@ def _failures(result: Any) -> dict[int, str]:
     if not isinstance(result, list):
         return {}
     return {index: str(item) for index, item in enumerate(result) if isinstance(item, HelperFailure)}
+
+
+def _as_sent(result: Any) -> Any:
+    """What the kernel got, apart from what the user's function may still change."""
+    if isinstance(result, str):
+        return result
+    if isinstance(result, list) and all(isinstance(item, str) for item in result):
+        return list(result)
+    return json.loads(_to_json(result))
 
 
 def _encode_result(name: str, result: Any) -> bytes:

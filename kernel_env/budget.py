@@ -87,8 +87,11 @@ class Spending:
             if used >= maximum:
                 raise BudgetExceeded(name, used, maximum)
 
-    def add(self, reply: Any, model: str | None, depth: int) -> None:
-        """Count a reply: an object with `prompt_tokens` and `completion_tokens`, or one whose `usage` has."""
+    def add(self, reply: Any, model: str | None, depth: int) -> tuple[str, ModelUsage]:
+        """Count a reply: an object with `prompt_tokens` and `completion_tokens`, or one whose `usage` has.
+
+        Returns the model's name and what the reply took.
+        """
         self._errors = 0
         source = getattr(reply, "usage", None) or reply
         tokens = [getattr(source, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")]
@@ -96,8 +99,10 @@ class Spending:
         if self._cost is not None:
             usage = usage.model_copy(update={"cost": float(self._cost(usage))})
         self.total += usage
-        self.by_model[getattr(reply, "model", None) or model or ""] += usage
+        name = getattr(reply, "model", None) or model or ""
+        self.by_model[name] += usage
         self.by_depth[depth] += usage
+        return name, usage
 
     def may_fail_again(self) -> bool:
         """Count a failure; False if it was the last that there may be in a row."""

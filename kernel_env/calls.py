@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from typing import Any
 from kernel_env.episode import HelperCall
 from kernel_env.errors import HelperError
 
-__all__ = ["Cell", "Helper", "HelperFailure", "note_to_cell"]
+__all__ = ["Cell", "Helper", "HelperFailure", "note_to_cell", "signature_text"]
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -56,6 +57,20 @@ class Helper:
         except TypeError as error:
             raise HelperError(f"{name}: {error}") from None
         return args, kwargs
+
+
+def signature_text(signature: inspect.Signature) -> str:
+    """A signature as code, without annotations; defaults that are no plain values are `...`."""
+    parameters = []
+    for parameter in signature.parameters.values():
+        default = parameter.default
+        if default is not parameter.empty and type(default) not in (str, int, float, bool, type(None)):
+            default = ...
+        if isinstance(default, float) and not math.isfinite(default):
+            default = ...
+        parameters.append(parameter.replace(annotation=parameter.empty, default=default))
+    plain = inspect.Signature(parameters)
+    return str(plain).replace("=Ellipsis", "=...")
 
 
 _serving: ContextVar[Cell | None] = ContextVar("kernel_env_cell", default=None)

@@ -1,9 +1,10 @@
-"""The command line: `run` an episode and watch it, `doctor` the machine."""
+"""The command line: `run` an episode and watch it, `doctor` the machine; with what `cli_records.py` has."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from rich.text import Text
 
 from kernel_env import example
 from kernel_env.budget import Budget, ModelUsage
+from kernel_env.cli_records import export_command, replay_command, show_command
 from kernel_env.errors import ConfigError, KernelEnvError, ResetRequired, SandboxUnavailable
 from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
 from kernel_env.llm import HFChatModel
@@ -42,6 +44,11 @@ app = typer.Typer(
 )
 
 
+app.command("replay")(replay_command)
+app.command("export")(export_command)
+app.command("show")(show_command)
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"kernel_env {importlib.metadata.version('kernel_env')}")
@@ -54,7 +61,9 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    for stream in (sys.stdout, sys.stderr):  # what a model or a kernel says may hold lone surrogates
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -181,7 +190,7 @@ def _work(
     runner: LocalRLMRunner, view: RunView, context: Any, task: str, expected: str | None, out: Path
 ) -> None:
     """Have a model work on the task."""
-    view.open(task, runner, len(context if isinstance(context, str) else json.dumps(context)))
+    view.open_run(task, runner, len(context if isinstance(context, str) else json.dumps(context)))
     try:
         view.result(runner.run(context, task, expected_answer=expected))
     finally:

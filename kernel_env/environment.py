@@ -258,7 +258,7 @@ class REPLEnvironment:
             )
             self._episode = self._rollout.record
             if model is not None:
-                self._episode.children = model.children
+                model.record_in(self._episode)
             return self._rollout.first_observation()
 
     async def step_async(self, action: REPLAction, timeout_s: float | None = None) -> REPLObservation:

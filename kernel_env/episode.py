@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kernel_env.errors import ConfigError
+from kernel_env.budget import ModelUsage
+from kernel_env.errors import ConfigError, NotebookError
+from kernel_env.reading import MAX_BYTES, read
 from kernel_env.types import DoneReason, Isolation, REPLAction, REPLObservation
 
 __all__ = ["Context", "Episode", "HelperCall", "Turn"]
@@ -87,6 +90,34 @@ class Episode(BaseModel):
     """Blocks of replies that were not run, because one before them had ended the episode."""
     children: list[Episode] = Field(default_factory=list)
     """The episodes that `rlm_query` started, in the order in which they ended."""
+    model_usage: dict[str, ModelUsage] = Field(default_factory=dict)
+    """Name of each model that was asked in this episode → what that took; children have their own."""
+    tools: dict[str, str] = Field(default_factory=dict)
+    """Name → signature, without annotations, of the user's functions that were there."""
+    expected_answer: Any = None
+    """Only where the user puts it into the record; the environment never does."""
+    edits: list[str] = Field(default_factory=list)
+    """What was changed by hand in the notebook that this was read from."""
+
+    @classmethod
+    def from_notebook(cls, path: str | Path, *, max_bytes: int = MAX_BYTES) -> Episode:
+        """The episode that was written to a notebook, with its children, equal to what it was.
+
+        Of a notebook that was edited since it is what that now is, and `edits` says what was changed.
+
+        Raises:
+            NotebookError: the file cannot be read or is no episode; says which cell and field.
+        """
+        found = read(path, max_bytes=max_bytes)
+        try:
+            return cls.model_validate(found.record)
+        except ValidationError as error:
+            where, *fields = (first := error.errors()[0])["loc"]
+            if where == "turns" and fields and isinstance(fields[0], int):
+                where, fields = found.cells[fields[0]], fields[1:]
+            field = ".".join(map(str, fields))
+            message = f"{str(path)!r}, {where}{', field ' + field if field else ''}: {first['msg']}"
+            raise NotebookError(message) from error
 
     @property
     def done(self) -> bool:
@@ -96,6 +127,12 @@ class Episode(BaseModel):
     def reward(self) -> float | None:
         """The reward of the last turn; the earlier ones are on their observations."""
         return self.turns[-1].observation.reward if self.turns else None
+
+    @property
+    def total_usage(self) -> ModelUsage:
+        """What models took in this episode and in its children."""
+        own = sum((self.model_usage[name] for name in sorted(self.model_usage)), ModelUsage())
+        return sum((child.total_usage for child in self.children), own)
 
     @property
     def total_execution_time(self) -> float:

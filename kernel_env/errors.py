@@ -14,6 +14,7 @@
     ├─ HelperError           a helper could not be served                 (raised inside the kernel too)
     ├─ BudgetExceeded        a run has used up what it was given          (.budget .used .maximum)
     ├─ ModelError            a chat model could not be asked              (the cause is the user's exception)
+    ├─ NotebookError         a file is no episode, or no longer         (says which cell and field)
     └─ RubricError           a user's rubric raised, or returned no number
 
 A cell that fails, runs out of time or kills its kernel raises nothing: it is an observation.
@@ -37,6 +38,7 @@ __all__ = [
     "KernelStartError",
     "LimitExceeded",
     "ModelError",
+    "NotebookError",
     "ResetRequired",
     "RubricError",
     "SandboxUnavailable",
@@ -124,6 +126,10 @@ class BudgetExceeded(KernelEnvError):
 
     def __str__(self) -> str:
         return f"the budget of the run is used up: {self.budget} {self.used:,.6g} of {self.maximum:,.6g}"
+
+
+class NotebookError(KernelEnvError):
+    """Raised when a file is not the notebook of an episode, or what it refers to is gone or altered."""
 
 
 class RubricError(KernelEnvError):

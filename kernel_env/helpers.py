@@ -57,7 +57,11 @@ class HostHelpers:
             name: Helper(function, inspect.signature(function), inspect.getdoc(function) or "", is_typed=True)
             for name, function in functions.items()
         }
-        return helpers | {name: self._tool(name, tool) for name, tool in self._config.tools.items()}
+        return helpers | self.tools()
+
+    def tools(self) -> dict[str, Helper]:
+        """Of these, the user's own functions."""
+        return {name: self._tool(name, tool) for name, tool in self._config.tools.items()}
 
     async def llm_query(self, prompt: str, model: str | None = None) -> str:
         """Ask a language model and return its reply.
@@ -170,7 +174,7 @@ class HostHelpers:
         }
         return await self._guarded(name, function.call, subject, **given)
 
-    async def _guarded(self, name: str, function: AsyncFunction, *args: Any, **kwargs: Any) -> Any:
+    async def _guarded(self, name: str, function: AsyncFunction, /, *args: Any, **kwargs: Any) -> Any:
         _serving.set(_serving.get() | {id(self)})
         try:
             async with self._slots:

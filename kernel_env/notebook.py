@@ -1,69 +1,252 @@
-"""Episode → Jupyter notebook (nbformat 4.5): a markdown cell for the task, a code cell for every turn."""
+"""Episode → Jupyter notebook (nbformat 4.5), with all that the record has; `reading.py` is the way back.
+
+A head, a first cell that lets the others run again without kernel_env, and for every turn a heading with what
+the model said, its code, its outputs, its helper calls and its children.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
+from kernel_env import sidefiles
 from kernel_env.episode import Episode, Turn
-from kernel_env.errors import ConfigError, boundary
+from kernel_env.errors import ConfigError, NotebookError, boundary
+from kernel_env.markup import (
+    call_html,
+    call_preview,
+    call_text,
+    children_text,
+    head,
+    reasoning_of_turns,
+    section,
+)
+from kernel_env.prompts import extract_code_blocks
+from kernel_env.reading import CALL_MIME, SCHEMA, digest, exact, is_exact
 
-__all__ = ["SCHEMA", "check_target", "read_cells", "to_notebook", "write_notebook"]
+__all__ = ["check_target", "notebook_text", "read_cells", "to_notebook", "write_notebook"]
 
-SCHEMA = 1
-"""Version of what stands under `metadata.kernel_env`."""
+_HERE = Path(__file__).parent
+_SETUP = """\
+# So that the cells below run again without kernel_env and without a model: the context, the seed, and helpers
+# that answer from the record of the episode.
+"""
+_SIGNATURES = {
+    "llm_query": "(prompt, model=None)",
+    "llm_query_batched": "(prompts, model=None)",
+    "llm_batch": "(prompts, model=None)",
+    "rlm_query": "(prompt, model=None, context=None)",
+    "rlm_query_batched": "(prompts, model=None, contexts=None)",
+}
+_NO_CODE = "# The policy submitted its final answer without code; see the metadata of this cell."
 
 
-def to_notebook(episode: Episode, *, children: Sequence[str] | None = None) -> dict[str, Any]:
-    """The notebook of an episode, valid and in plain JSON types.
+def to_notebook(episode: Episode) -> dict[str, Any]:
+    """The notebook of an episode, valid, in plain JSON types, with everything in it.
 
-    Everything the record has is in it: what the notebook format has a place for is there, and the whole
-    of it under the one metadata key `kernel_env`, of the notebook for the episode and of each code cell
-    for its turn. If the `children` have files of their own, whose names are given in order, the cells that
-    started them link to these, and the names stand in the place of their records.
+    What the notebook format has a place for is there; the rest is under the one metadata key `kernel_env`, of
+    the notebook for the episode and of each code cell for its turn. `notebook_schema.json` beside this module
+    is its JSON schema.
+
+    Raises:
+        NotebookError: the record has what JSON does not, as an action's `metadata` may.
     """
-    record = episode.model_dump(mode="python", exclude={"turns"})
-    if children is not None:
-        record["children"] = list(children)
-    notebook = {
-        "nbformat": 4,
-        "nbformat_minor": 5,
-        "metadata": {
-            "kernelspec": {"name": episode.kernel_name, "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
-            "kernel_env": {"schema": SCHEMA, "episode": record | {"reward": episode.reward}},
-        },
-        "cells": [
-            {"id": "task", "cell_type": "markdown", "metadata": {}, "source": _header(episode)},
-            *_cells(episode, children or ()),
-        ],
-    }
-    # Validates what a reader will load; text with lone surrogates only stands as an escape in the file.
-    nbformat.validate(notebook)
-    return notebook
+    return _Writer(episode, None, []).notebook()
 
 
-def _cells(episode: Episode, files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    started: dict[int, list[tuple[str, Episode]]] = defaultdict(list)
-    for file, child in zip(files, episode.children, strict=bool(files)):
-        started[_turn_that_started(child, episode)].append((file, child))
-    for number, turn in enumerate(episode.turns, start=1):
-        yield _cell(number, turn)
-        if number in started:
-            lines = (
-                f"- [{_shown(child.task_prompt)}]({file}): {_shown(child.final_answer)}"
-                for file, child in started[number]
+def notebook_text(episode: Episode) -> str:
+    """The text of a notebook file with everything in it; equal episodes give equal text."""
+    return _as_text(to_notebook(episode))
+
+
+def _as_text(notebook: dict[str, Any]) -> str:
+    text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    # The escapes of lone surrogates, which UTF-8 does not have, are what JSON calls them too.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_notebook(episode: Episode, path: str | Path) -> Path:
+    """Write the notebook whole or not at all, replacing an older one; of each child one beside it, first.
+
+    The files of the children of `episode.ipynb` are `episode-child-1.ipynb` and so on. Large contexts and
+    helper calls (from 256 Ki characters on) have files of their own, named by their content, in the folder
+    `kernel_env_data` beside it, which other notebooks there share.
+
+    Raises:
+        ConfigError: the path does not end in `.ipynb`, or cannot be written.
+        NotebookError: as `to_notebook`.
+    """
+    target = check_target(path)
+    files = [target.with_stem(f"{target.stem}-child-{n}") for n in range(1, len(episode.children) + 1)]
+    for name, child in zip(files, episode.children, strict=True):
+        write_notebook(child, name)
+    try:
+        text = _as_text(_Writer(episode, target, [name.name for name in files]).notebook())
+        sidefiles.write_whole(target, text.encode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot export to {str(target)!r}: {error.strerror or error}") from error
+    return target
+
+
+class _Writer:
+    """One notebook; large texts go beside `path`, if there is one, and the children are in `files`."""
+
+    def __init__(self, episode: Episode, path: Path | None, files: list[str]) -> None:
+        self._episode = episode
+        self._path = path
+        self._files = files
+        self._calls = [self._calls_of(turn) for turn in episode.turns]
+
+    def notebook(self) -> dict[str, Any]:
+        episode = self._episode
+        record = episode.model_dump(mode="python", exclude={"turns", "children", "context"})
+        record["children"] = self._files or [child.model_dump(mode="python") for child in episode.children]
+        context = self._beside(episode.context)
+        metadata = {"schema": SCHEMA, "turns": len(episode.turns)}
+        record |= {"context": context, "reward": episode.reward}
+        if episode.seed is not None and episode.seed >= 2**53:
+            record["seed"] = str(episode.seed)  # JavaScript would round it
+        cells = [
+            _text_cell("task", "head", head(episode)),
+            self._setup_cell(context),
+            *self._turn_cells(),
+        ]
+        try:
+            text = json.dumps(
+                [record, [cell["metadata"] for cell in cells]], ensure_ascii=False, allow_nan=False
             )
-            source = "\n".join(["Children of this cell:", "", *lines])
-            yield {"id": f"turn-{number}-children", "cell_type": "markdown", "metadata": {}, "source": source}
+        except (TypeError, ValueError) as error:
+            raise NotebookError(f"the record of {episode.episode_id!r} is no JSON value: {error}") from error
+        if not is_exact(text):
+            metadata["joined"] = True
+            record = exact(record)
+            for cell in cells:
+                cell["metadata"] = exact(cell["metadata"])
+        notebook = {
+            "nbformat": 4,
+            "nbformat_minor": 5,
+            "metadata": {
+                "kernelspec": {"name": episode.kernel_name, "display_name": "Python 3", "language": "python"},
+                "language_info": {"name": "python"},
+                "kernel_env": {**metadata, "episode": record},
+            },
+            "cells": cells,
+        }
+        # Validates what a reader will load; text with lone surrogates only stands as an escape in the file.
+        nbformat.validate(notebook)
+        return notebook
+
+    def _beside(self, text: str) -> Any:
+        if self._path is None or len(text) < sidefiles.LARGE:
+            return text
+        return sidefiles.put(text, self._path)
+
+    def _calls_of(self, turn: Turn) -> Any:
+        calls = [call.model_dump(mode="python") for call in turn.helper_calls]
+        if not calls or self._path is None:
+            return calls
+        text = self._beside(json.dumps(calls, ensure_ascii=False, sort_keys=True, allow_nan=False))
+        return text if sidefiles.is_reference(text) else calls
+
+    def _setup_cell(self, context: Any) -> dict[str, Any]:
+        episode = self._episode
+        given = _python_text(context)
+        if episode.context_type == "json":
+            given = f"_json.loads({given})" if episode.context else "''"
+        calls = " + ".join(_python_json(calls) for calls in self._calls if calls) or "[]"
+        there = set(episode.turns[0].observation.available_variables) if episode.turns else set()
+        signatures = {name: text for name, text in _SIGNATURES.items() if name in there} | episode.tools
+        functions = ", ".join(
+            f"{name!r}: lambda {text[1:-1]}: None" for name, text in sorted(signatures.items())
+        )
+        parts = [
+            _SETUP,
+            *((_HERE / name).read_text("utf-8") for name in ("recorded.py", "guest/rerun.py")),
+            "from pathlib import Path as _Path\n\n"
+            f"run_again(\n    globals(),\n    context={given},\n    seed={episode.seed!r},\n"
+            f"    calls={calls},\n    signatures={{{functions}}},\n)",
+        ]
+        source = "\n\n".join(parts)
+        return {
+            "id": "setup",
+            "cell_type": "code",
+            "execution_count": None,
+            "metadata": {
+                "kernel_env": {"role": "setup", "source": digest(source)},
+                "jupyter": {"source_hidden": True},
+                "tags": ["kernel-env:setup"],
+            },
+            "source": source,
+            "outputs": [],
+        }
+
+    def _turn_cells(self) -> Iterator[dict[str, Any]]:
+        episode = self._episode
+        started: dict[int, list[tuple[str | None, Episode]]] = defaultdict(list)
+        files: list[Any] = list(self._files) or [None] * len(episode.children)
+        for file, child in zip(files, episode.children, strict=True):
+            started[_turn_that_started(child, episode)].append((file, child))
+        said = reasoning_of_turns(episode, extract_code_blocks)
+        for number, turn in enumerate(episode.turns, start=1):
+            yield _text_cell(f"turn-{number}-head", "turn", section(number, turn, said[number - 1]))
+            yield _turn_cell(number, turn, self._calls[number - 1])
+            if number in started:
+                tags = ["kernel-env:child"]
+                yield _text_cell(f"turn-{number}-children", "children", children_text(started[number]), tags)
+
+
+def _text_cell(id: str, role: str, source: str, tags: list[str] | None = None) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"kernel_env": {"role": role}} | ({"tags": tags} if tags else {})
+    return {"id": id, "cell_type": "markdown", "metadata": metadata, "source": source}
+
+
+def _turn_cell(number: int, turn: Turn, calls: Any) -> dict[str, Any]:
+    observation, code = turn.observation, turn.action.code
+    source = _NO_CODE if turn.action.is_final and not code else code
+    record = turn.model_dump(mode="python", exclude={"observation": {"outputs"}, "helper_calls": True})
+    if source == code and is_exact(code) and "\r" not in code:
+        record["action"]["code"] = None  # it is the cell's
+    written = {
+        "source": digest(source),
+        "outputs": digest(observation.outputs),
+        "calls": len(turn.helper_calls),
+    }
+    record |= {"helper_calls": calls, "written": written}
+    if not is_exact(json.dumps(observation.outputs, ensure_ascii=False)):
+        record["outputs"] = observation.outputs
+    tags = ["kernel-env:turn"]
+    tags += ["kernel-env:error"] if observation.status != "ok" else []
+    tags += ["kernel-env:final"] if observation.done else []
+    shown = [
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {
+                CALL_MIME: call_preview(call),
+                "text/html": call_html(call),
+                "text/plain": call_text(call),
+            },
+        }
+        for call in turn.helper_calls
+    ]
+    return {
+        "id": f"turn-{number}",
+        "cell_type": "code",
+        "execution_count": turn.execution_count,
+        "metadata": {
+            "kernel_env": {"turn": number, "reward": observation.reward, "done": observation.done, **record},
+            "tags": tags,
+        },
+        "source": source,
+        "outputs": [*observation.outputs, *shown],
+    }
 
 
 def _turn_that_started(child: Episode, parent: Episode) -> int:
@@ -74,95 +257,17 @@ def _turn_that_started(child: Episode, parent: Episode) -> int:
     return len(parent.turns)
 
 
-def _header(episode: Episode) -> str:
-    facts = [
-        ("Answer", _shown(episode.final_answer)),
-        ("Reward", "–" if episode.reward is None else f"{episode.reward:g}"),
-        ("Ended by", episode.done_reason or "not ended"),
-        ("Turns", f"{len(episode.turns)} of {episode.max_iterations}"),
-        ("Context", f"{len(episode.context):,} characters"),
-        ("Kernel", episode.kernel_name + ("" if episode.seed is None else f", seed {episode.seed}")),
-        ("Isolation", episode.isolation),
-        ("Time in cells", f"{episode.total_execution_time:.2f} s"),
-        *_used(episode),
-    ]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    task = (
-        "\n".join(f"> {_escaped(line)}" for line in episode.task_prompt.splitlines()) or "> *no task prompt*"
-    )
-    return f"# Episode {_escaped(episode.episode_id)}\n\n{task}\n\n| | |\n|---|---|\n{rows}\n"
+def _python_text(text: Any) -> str:
+    """A text as code, wherever it stands."""
+    if sidefiles.is_reference(text):
+        return f'_Path({text["file"]!r}).read_bytes().decode("utf-8", "surrogatepass")'
+    return repr(text)
 
 
-def _used(episode: Episode) -> list[tuple[str, str]]:
-    usages = [turn.observation.usage for turn in episode.turns if turn.observation.usage is not None]
-    if not usages:
-        return []
-    seconds = f"{sum(usage.cpu for usage in usages):.2f} s"
-    peak = f"{max(usage.peak_memory for usage in usages) / 2**20:,.0f} MB"
-    return [("Processor time", seconds), ("Most memory", peak)]
-
-
-def _shown(answer: str | None) -> str:
-    if answer is None:
-        return "*none*"
-    line = " ".join(answer.split())
-    return _escaped(line if len(line) <= 300 else line[:300] + "…") or "*empty*"
-
-
-def _escaped(text: str) -> str:
-    # Task and answer may come from a model: they are shown, not rendered.
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|$~" else c for c in text)
-
-
-def _cell(number: int, turn: Turn) -> dict[str, Any]:
-    observation = turn.observation
-    source = turn.action.code
-    if turn.action.is_final and not source:
-        source = "# The policy submitted its final answer without code; see the metadata of this cell."
-    return {
-        "id": f"turn-{number}",
-        "cell_type": "code",
-        "execution_count": turn.execution_count,
-        "metadata": {
-            "kernel_env": {
-                "turn": number,
-                "reward": observation.reward,
-                "done": observation.done,
-                **turn.model_dump(mode="python", exclude={"observation": {"outputs"}}),
-            }
-        },
-        "source": source,
-        "outputs": observation.outputs,
-    }
-
-
-def write_notebook(episode: Episode, path: str | Path) -> Path:
-    """Write the notebook whole or not at all, replacing an older one; of each child one beside it, first.
-
-    The files of the children of `episode.ipynb` are `episode-child-1.ipynb` and so on.
-
-    Raises:
-        ConfigError: the path does not end in `.ipynb`, or cannot be written.
-    """
-    target = check_target(path)
-    files = [target.with_stem(f"{target.stem}-child-{n}") for n in range(1, len(episode.children) + 1)]
-    for name, child in zip(files, episode.children, strict=True):
-        write_notebook(child, name)
-    notebook = to_notebook(episode, children=[name.name for name in files])
-    # The escapes of lone surrogates, which UTF-8 does not have, are what JSON calls them too.
-    text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
-    data = (text + "\n").encode("utf-8", "backslashreplace")
-    written = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(written, "xb") as file:
-            file.write(data)
-        os.replace(written, target)
-    except OSError as error:
-        raise ConfigError(f"cannot export to {str(target)!r}: {error.strerror or error}") from error
-    finally:
-        written.unlink(missing_ok=True)
-    return target
+def _python_json(value: Any) -> str:
+    if sidefiles.is_reference(value):
+        return f"_json.loads({_python_text(value)})"
+    return f"_json.loads({json.dumps(value, sort_keys=True, allow_nan=False)!r})"
 
 
 def check_target(path: str | Path) -> Path:
@@ -209,7 +314,8 @@ def read_cells(path: str | Path) -> list[str]:
 def _notebook_cells(file: Path, text: str) -> list[str]:
     with boundary(ConfigError, f"{str(file)!r} is no notebook"):
         notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
-    return [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    return [cell.source for cell in codes if cell.metadata.get("kernel_env", {}).get("role") != "setup"]
 
 
 def _percent_cells(text: str) -> list[str]:

@@ -20,13 +20,16 @@ _WORKERS = 8  # children that work at once, as for LocalRLMRunner
 
 
 class OwnModel:
-    """The model of one episode, what the episode is configured with because of it, and its children."""
+    """The model of one episode, and what the episode is configured with because of it."""
 
-    def __init__(self, chat: HFChatModel, config: EnvConfig, children: list[Episode]) -> None:
+    def __init__(self, chat: HFChatModel, config: EnvConfig, run: Run) -> None:
         self._chat = chat
+        self._run = run
         self.config = config
-        self.children = children
-        """Episodes that `rlm_query` started, as they end."""
+
+    def record_in(self, episode: Episode) -> None:
+        """Have what the model takes, and the children that it works in, in this record."""
+        self._run.record, episode.children = episode, self._run.children
 
     @classmethod
     def of(
@@ -65,7 +68,7 @@ class OwnModel:
             work=None,
             model=None,
         )
-        return cls(chat, replace(config, llm_batch_fn=None, **run.functions()), run.children)
+        return cls(chat, replace(config, llm_batch_fn=None, **run.functions()), run)
 
     async def close(self) -> None:
         """Close the connections to the model."""

@@ -153,7 +153,7 @@ def as_async(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     return adapted
 
 
-async def run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+async def run_in_thread(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run `function` in a thread of its own; cancelled, the thread is left to finish unheard.
 
     asyncio's worker threads are joined at exit, so one hanging call would keep the interpreter

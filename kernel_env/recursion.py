@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kernel_env.answer import first_marker
+from kernel_env.budget import ModelUsage
 from kernel_env.calls import HelperFailure, note_to_cell
 from kernel_env.episode import Episode, SkippedBlocks
 from kernel_env.errors import BudgetExceeded, HelperError, ModelError
@@ -186,7 +187,9 @@ class Run:
         text = reply if isinstance(reply, str) else getattr(reply, "text", None)
         if not isinstance(text, str):
             raise ModelError(f"the model replied with {type(reply).__name__}, which is no text")
-        self._tree.spending.add(reply, model, self._config.depth)
+        name, usage = self._tree.spending.add(reply, model, self._config.depth)
+        if self.record is not None:
+            self.record.model_usage[name] = self.record.model_usage.get(name, ModelUsage()) + usage
         return text
 
     # What the kernel's helpers come to.

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from kernel_env import portal
 from kernel_env.answer import printed_marker
+from kernel_env.calls import signature_text
 from kernel_env.config import EnvConfig
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import EpisodeOver, KernelDied, ResetRequired, RubricError
@@ -92,6 +93,7 @@ class Rollout:
             seed=seed,
             limits={name: value if value < math.inf else None for name, value in asdict(limits).items()},
             versions=_versions(),
+            tools={name: signature_text(helper.signature) for name, helper in helpers.tools().items()},
             started=time.time(),
         )
         clock = time.monotonic()

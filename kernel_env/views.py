@@ -46,8 +46,12 @@ class View:
         self._at_line_start = True
 
     def start(self, job: Job, episode: Episode) -> None:
-        lines = [job.remark] if job.remark else []
-        lines += [f"Task: {job.task}"] if job.task else []
+        self.open(episode, job.remark)
+
+    def open(self, episode: Episode, remark: str = "") -> None:
+        """What the episode begins with."""
+        lines = [remark] if remark else []
+        lines += [f"Task: {episode.task_prompt}"] if episode.task_prompt else []
         lines += [f"Context: {len(episode.context):,} characters"]
         lines += [
             f"Kernel: {episode.kernel_name}, isolation: {episode.isolation}, "
@@ -138,7 +142,7 @@ class RunView(View):
         self._number = 0
         self._live: Live | None = None
 
-    def open(self, task: str, runner: LocalRLMRunner, length: int) -> None:
+    def open_run(self, task: str, runner: LocalRLMRunner, length: int) -> None:
         lines = [f"Task: {task}"] if task else []
         lines += [f"Context: {length:,} characters", f"Model: {runner.model}"]
         self._console.print(Panel(Text("\n".join(lines)), title="Run", title_align="left"))

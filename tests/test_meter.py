@@ -86,7 +86,7 @@ def test_it_is_in_the_record_the_notebook_and_for_rubrics(make_env: MakeEnv) -> 
     assert seen == [usage, None]
     assert [turn.observation.usage for turn in env.episode.turns] == [usage, None]
     notebook = to_notebook(env.episode)
-    assert notebook["cells"][1]["metadata"]["kernel_env"]["observation"]["usage"] == usage.model_dump()
+    assert notebook["cells"][3]["metadata"]["kernel_env"]["observation"]["usage"] == usage.model_dump()
     assert "| Isolation | " in notebook["cells"][0]["source"]
     assert "| Most memory | " in notebook["cells"][0]["source"]
 

@@ -21,10 +21,11 @@ PACKAGE = ROOT / "kernel_env"
 LAYERS = [
     {"errors"},
     {"types", "isolation", "seccomp"},
-    {"config"},
+    {"config", "sidefiles", "recorded"},
+    {"budget", "reading"},
     {"episode"},
     {"outputs", "answer", "portal", "folder", "wire"},
-    {"calls", "workdir", "meter", "budget"},
+    {"calls", "workdir", "meter"},
     {"bridge"},
     {"execution", "install"},
     {"templates"},
@@ -35,13 +36,17 @@ LAYERS = [
     {"kernel", "helpers", "rubrics"},
     {"pool"},
     {"rollout"},
-    {"notebook", "example", "example_cells"},
-    {"prompts", "llm", "tree"},
+    {"prompts", "example", "example_cells"},
+    {"markup"},
+    {"notebook"},
+    {"exporters"},
+    {"llm", "tree"},
     {"recursion"},
     {"own_model"},
     {"environment"},
-    {"local", "runner"},
+    {"local", "runner", "replay"},
     {"views"},
+    {"cli_records"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -54,7 +59,7 @@ def test_all_is_sorted_and_complete() -> None:
     public = {n for n, v in vars(kernel_env).items() if not n.startswith("_") and not inspect.ismodule(v)}
     assert public - {"annotations"} == set(names)
     for name in names:
-        if isinstance(getattr(kernel_env, name), str):
+        if isinstance(getattr(kernel_env, name), str | dict):
             continue
         assert getattr(kernel_env, name).__module__ == "kernel_env"
         assert getattr(kernel_env, name).__doc__

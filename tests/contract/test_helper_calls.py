@@ -207,6 +207,15 @@ def test_tools_keep_signature_and_docstring(make: MakeFacade) -> None:
     assert env.execute("print(nap(), largest(3, 4), largest([5, 6]))").result.stdout == "None 4 6\n"
 
 
+def test_parameters_of_a_tool_may_have_any_name(make: MakeFacade) -> None:
+    def tool(name: str, function: str = "f", self: str = "s", prompt: str = "p") -> list[str]:
+        return [name, function, self, prompt]
+
+    env = make(tools={"tool": tool})
+    env.reset()
+    assert env.execute("tool('n', self=1)").result.stdout == "['n', 'f', 1, 'p']\n"
+
+
 def test_a_tool_must_return_json(make: MakeFacade) -> None:
     env = make(tools={"bad": lambda: object()})
     env.reset()

@@ -1,0 +1,79 @@
+# Runs in any IPython kernel, as part of the first cell of an exported notebook, behind the text of
+# `recorded.py`: gives the cells below what they had, without kernel_env and without a model.
+
+import inspect as _inspect
+import random as _random
+import sys as _sys
+from importlib.util import find_spec as _find_spec
+from typing import Any as _Any
+
+
+class HelperError(Exception):
+    """A helper call that failed in the episode, or that its record does not have."""
+
+
+class HelperFailure(str):
+    """The failed item of a batch; reads as the error."""
+
+    error = property(str)
+
+
+class _Verbatim(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def run_again(namespace: _Any, context: _Any, seed: _Any, calls: _Any, signatures: _Any) -> None:
+    """Put the context, the helpers and `answer` into the namespace, and seed `random` and numpy."""
+    defaults = {}
+    for name, function in signatures.items():
+        parameters = _inspect.signature(function).parameters.values()
+        defaults[name] = {p.name: p.default for p in parameters if p.default is not p.empty}
+    record = RecordedCalls(calls, defaults)  # type: ignore[name-defined] # noqa: F821 - of `recorded.py`
+
+    def helper(name: str, function: _Any) -> _Any:
+        signature = _inspect.signature(function)
+
+        def call(*args: _Any, **kwargs: _Any) -> _Any:
+            found = record.take(name, dict(signature.bind(*args, **kwargs).arguments))
+            if found is None:
+                raise HelperError(f"{name}: the record of this episode has no such call left")
+            if found["error"] is not None:
+                raise HelperError(found["error"])
+            if not found["failed"]:
+                return found["result"]
+            failed = {int(index): text for index, text in found["failed"].items()}
+            return [HelperFailure(failed[i]) if i in failed else r for i, r in enumerate(found["result"])]
+
+        call.__name__ = call.__qualname__ = name
+        vars(call)["__signature__"] = signature
+        return call
+
+    def FINAL(value: _Any) -> _Any:
+        text = str(value)
+        shown = text if len(text) <= 200 else text[:200] + "…"
+        return _Verbatim(f"FINAL({shown})")
+
+    def FINAL_VAR(x: _Any) -> _Any:
+        name = x.strip().strip("'\"") if isinstance(x, str) else None
+        if name is not None and name not in namespace and name.isidentifier():
+            known = ", ".join(SHOW_VARS()) or "none yet"
+            raise NameError(
+                f"FINAL_VAR: there is no variable {name!r}; your variables: {known}. "
+                f"If {name!r} is the answer itself, call FINAL({name!r})."
+            )
+        return FINAL(namespace.get(name, x))
+
+    def SHOW_VARS() -> _Any:
+        return sorted(n for n in namespace if n not in hidden and not n.startswith("_"))
+
+    namespace.update({name: helper(name, function) for name, function in signatures.items()})
+    namespace.update(FINAL=FINAL, FINAL_VAR=FINAL_VAR, SHOW_VARS=SHOW_VARS)
+    namespace.update(context=context, answer={"content": "", "ready": False})
+    if seed is not None:
+        _random.seed(seed)
+        if "numpy" in _sys.modules or _find_spec("numpy") is not None:
+            import numpy
+
+            numpy.random.seed(seed % 2**32)
+    hidden = {*namespace, "exit", "quit", "open"}
