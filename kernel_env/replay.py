@@ -212,6 +212,7 @@ def _signature(name: str, text: str) -> inspect.Signature:
     try:
         given = ast.parse(f"lambda {text[1:-1]}: None", mode="eval").body
         assert isinstance(given, ast.Lambda)
+        assert text[:1] + text[-1:] == "()"
         arguments = given.args
         plain = [*arguments.posonlyargs, *arguments.args]
         defaults = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)

@@ -24,6 +24,7 @@ LAYERS = [
     {"config", "sidefiles", "recorded"},
     {"budget", "reading"},
     {"episode"},
+    {"schema"},
     {"outputs", "answer", "portal", "folder", "wire"},
     {"calls", "workdir", "meter"},
     {"bridge"},

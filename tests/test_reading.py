@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import kernel_env
 from kernel_env import ConfigError, Episode, HelperCall, NotebookError, REPLAction, Turn, write_notebook
 from kernel_env.budget import ModelUsage
 from kernel_env.episode import SkippedBlocks
 from kernel_env.notebook import notebook_text
+from kernel_env.schema import notebook_schema
 from kernel_env.types import CodeBlockResult, REPLObservation, Usage
 
 from .conftest import MakeEnv
@@ -355,6 +358,31 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 1
 
 
+def test_the_schema_that_is_shipped_describes_what_is_written(path: Path, tmp_path: Path) -> None:
+    shipped = json.loads(Path(kernel_env.__file__).with_name("notebook_schema.json").read_text("utf-8"))
+    assert shipped == notebook_schema(), "python -m kernel_env.schema > kernel_env/notebook_schema.json"
+    validator = jsonschema.Draft202012Validator(shipped)
+    notebook = json.loads(path.read_text("utf-8"))
+    validator.validate(notebook)
+    next(c for c in notebook["cells"] if c["id"] == "turn-1")["metadata"]["kernel_env"]["started"] = "soon"
+    assert not validator.is_valid(notebook)
+    notebook = json.loads(path.read_text("utf-8"))
+    notebook["metadata"]["kernel_env"]["episode"]["limits"] = 5
+    assert not validator.is_valid(notebook)
+
+
+@given(episode=EPISODE)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+def test_every_notebook_fits_the_schema(episode: Episode) -> None:
+    notebook = json.loads(notebook_text(episode))
+    assume("joined" not in notebook["metadata"]["kernel_env"])
+    jsonschema.Draft202012Validator(notebook_schema()).validate(notebook)
+
+
 @pytest.fixture
 def large(make_env: MakeEnv, tmp_path: Path) -> tuple[Episode, Path]:
     env = make_env(llm_query_fn=lambda prompt: prompt * 2)
@@ -402,6 +430,7 @@ def test_a_record_that_json_does_not_have_is_named(path: Path, tmp_path: Path) -
 
 FULL = """
 import sys
+import kernel_env
 from kernel_env import ConfigError, Episode
 from kernel_env.notebook import write_notebook
 episode = Episode(episode_id="e", kernel_name="python3", max_iterations=1, started=0, context="x" * 10**6)
