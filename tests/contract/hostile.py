@@ -88,11 +88,6 @@ KEPT: dict[str, str] = {
     "endless recursion": "def f(): f()\nf()",
     "no garbage collection": "import gc; gc.disable(); gc.freeze()",
     "an alarm": "import signal; signal.alarm(1)",
-    "a timer that raises": """
-        import signal
-        def raises(*a): raise RuntimeError('timer')
-        signal.signal(signal.SIGALRM, raises); _ = signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-        """,
     "signals are ignored and blocked": """
         import signal
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,6 +171,12 @@ LOST: dict[str, str] = {
 }
 """Name → cell that costs the kernel."""
 
+
+RAISING_TIMER = """
+    import signal
+    def raises(*a): raise RuntimeError('timer')
+    signal.signal(signal.SIGALRM, raises); _ = signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    """
 
 LOST_UNLESS_FORKED: dict[str, str] = {
     "the output thread is stopped": "get_ipython().kernel.iopub_thread.stop()",

@@ -9,7 +9,7 @@ import pytest
 from kernel_env import Limits, LocalREPLEnv
 
 from .conftest import Kind, StartEnv
-from .hostile import KEPT, LOST, LOST_UNLESS_FORKED, cell
+from .hostile import KEPT, LOST, LOST_UNLESS_FORKED, RAISING_TIMER, cell
 
 NEXT = "print('next', llm_query('q'), len(context))\n40 + 2"
 
@@ -31,6 +31,19 @@ def test_a_kernel_that_a_cell_broke_goes_on_with_its_variables(start: StartEnv, 
     assert "IN REPR" not in observation.result.stdout
     assert_whole(env)
     assert env.execute("kept").observation.result.stdout == "1\n"
+
+
+def test_a_timer_that_raises_in_ipykernel_itself_costs_at_most_a_stock_kernel(
+    start: StartEnv, kind: Kind
+) -> None:
+    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+    env.execute("kept = 1")
+    observation = env.execute(cell(RAISING_TIMER)).observation
+    if observation.restarted:  # it struck where a stock kernel's loop does not go on from
+        assert (kind.kernel_name, observation.status) == ("stock", "died")
+        assert "kept" in observation.lost_variables
+    assert_whole(env)
+    assert env.execute("'kept' in globals()").observation.result.stdout == f"{not observation.restarted}\n"
 
 
 @pytest.mark.parametrize("name", LOST_UNLESS_FORKED)
