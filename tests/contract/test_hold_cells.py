@@ -33,14 +33,13 @@ def test_a_kernel_that_a_cell_broke_goes_on_with_its_variables(start: StartEnv, 
     assert env.execute("kept").observation.result.stdout == "1\n"
 
 
-def test_a_timer_that_raises_in_ipykernel_itself_costs_at_most_a_stock_kernel(
-    start: StartEnv, kind: Kind
-) -> None:
+def test_a_timer_that_raises_in_ipykernel_itself_costs_at_most_the_kernel(start: StartEnv) -> None:
+    """Where it strikes decides: hardly ever in a forked kernel, sometimes in a stock one on a loaded machine."""
     env = start({"context": "ctx"}, llm_query_fn=str.upper)
     env.execute("kept = 1")
     observation = env.execute(cell(RAISING_TIMER)).observation
-    if observation.restarted:  # it struck where a stock kernel's loop does not go on from
-        assert (kind.kernel_name, observation.status) == ("stock", "died")
+    if observation.restarted:
+        assert observation.status == "died", observation.result.stderr
         assert "kept" in observation.lost_variables
     assert_whole(env)
     assert env.execute("'kept' in globals()").observation.result.stdout == f"{not observation.restarted}\n"
