@@ -34,7 +34,7 @@ def test_a_kernel_that_a_cell_broke_goes_on_with_its_variables(start: StartEnv, 
 
 
 def test_a_timer_that_raises_in_ipykernel_itself_costs_at_most_the_kernel(start: StartEnv) -> None:
-    """Where it strikes decides: hardly ever in a forked kernel, sometimes in a stock one on a loaded machine."""
+    """Where it strikes decides: hardly ever in a forked kernel, sometimes in a stock one under load."""
     env = start({"context": "ctx"}, llm_query_fn=str.upper)
     env.execute("kept = 1")
     observation = env.execute(cell(RAISING_TIMER)).observation
