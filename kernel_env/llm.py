@@ -10,13 +10,15 @@ import asyncio
 import email.utils
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from kernel_env.config import check_count, check_seconds
-from kernel_env.errors import ConfigError, ModelError
+from kernel_env.episode import Episode
+from kernel_env.errors import ConfigError, ModelError, NotebookError
 from kernel_env.notebook import read_cells
 
 __all__ = ["ChatModel", "ChatReply", "HFChatModel", "ScriptedChatModel"]
@@ -56,7 +58,9 @@ class ScriptedChatModel:
 
     Args:
         script: the replies in the order of asking; or a function of the messages; or the path of a notebook
-            or of a Python file with `# %%` lines, each code cell of which is a reply.
+            or of a Python file with `# %%` lines, each code cell of which is a reply. The notebook of a run
+            has the replies itself: each conversation, by its first request, and each `llm_query`, by its
+            prompt, goes as it went there, also those of children.
 
     Raises:
         ConfigError: the script is none of these, or cannot be read.
@@ -65,7 +69,9 @@ class ScriptedChatModel:
     def __init__(self, script: Sequence[str] | Callable[[Messages], str] | Path) -> None:
         self.asked: list[Messages] = []
         """The conversations it was asked to go on with."""
-        if isinstance(script, Path):
+        if isinstance(script, Path) and (recorded := _recorded_replies(script)) is not None:
+            script = recorded
+        elif isinstance(script, Path):
             script = [f"```repl\n{cell}\n```" for cell in read_cells(script)]
         if not callable(script) and not all(isinstance(reply, str) for reply in script):
             raise ConfigError("script: give replies, a function of the messages, or a path")
@@ -82,6 +88,43 @@ class ScriptedChatModel:
         # There is no tokenizer: a word or a mark for a token is near enough to test budgets with.
         prompt = sum(len(message["content"].split()) for message in messages)
         return ChatReply(text, prompt, len(text.split()), model or "scripted")
+
+
+def _recorded_replies(path: Path) -> Callable[[Messages], str] | None:
+    """What the models of a run replied, from its notebook; None if this is not one."""
+    try:
+        episode = Episode.from_notebook(path)
+    except NotebookError:
+        return None
+    if not episode.messages:
+        return None
+    replies: dict[tuple[str, int], deque[str]] = defaultdict(deque)
+    pending = [episode]
+    while pending:
+        one = pending.pop()
+        pending += one.children
+        told = [message["content"] for message in one.messages if message["role"] == "assistant"]
+        for number, reply in enumerate(told):
+            replies[one.messages[2]["content"], number].append(reply)
+        for call in (call for turn in one.turns for call in turn.helper_calls):
+            prompts = call.arguments.get("prompts", [call.arguments.get("prompt")])
+            results = call.result if isinstance(call.result, list) else [call.result]
+            if call.name.startswith("llm_") and call.error is None:
+                for prompt, result in zip(prompts, results, strict=True):
+                    replies[prompt, 0].append(result)
+
+    def reply_to(messages: Messages) -> str:
+        key = (
+            messages[min(2, len(messages) - 1)]["content"],
+            sum(m["role"] == "assistant" for m in messages),
+        )
+        if not replies[key]:
+            raise ModelError(
+                f"the run in {str(path)!r} has no reply left to {key[0]!r:.200}, number {key[1] + 1}"
+            )
+        return replies[key].popleft()
+
+    return reply_to
 
 
 class HFChatModel:

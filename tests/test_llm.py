@@ -20,7 +20,7 @@ from kernel_env import (
     ModelError,
     ScriptedChatModel,
 )
-from kernel_env.notebook import to_notebook
+from kernel_env.notebook import to_notebook, write_notebook
 
 from .chat_server import Server, completion
 
@@ -137,6 +137,30 @@ def test_a_script_of_replies_a_function_and_a_notebook(tmp_path: Path) -> None:
     assert (result.final_answer, result.iterations) == ("3", 2)
     with pytest.raises(ConfigError, match="give replies"):
         ScriptedChatModel([5])  # type: ignore[list-item]
+
+
+def test_the_notebook_of_a_run_replies_as_the_models_did(tmp_path: Path) -> None:
+    asked = 0
+
+    def chat(messages: list[dict[str, str]]) -> str:
+        nonlocal asked
+        asked += 1
+        if len(messages) == 1:
+            return f"leaf {asked}"
+        if "the root" not in messages[2]["content"]:
+            return f"```repl\nFINAL(llm_query('q') + ' {asked}')\n```"
+        code = "FINAL(a + [llm_query('q')])" if len(messages) > 3 else "a = rlm_query_batched(['child'] * 2)"
+        return f"```repl\n{code}\n```"
+
+    first = LocalRLMRunner(chat, max_batch_workers=1).run("", "the root")
+    write_notebook(first.episode, tmp_path / "run.ipynb")
+    model = ScriptedChatModel(tmp_path / "run.ipynb")
+    again = LocalRLMRunner(model, max_batch_workers=1).run("", "the root")
+    assert again.final_answer == first.final_answer
+    assert again.messages == first.messages
+    assert len(model.asked) == asked
+    with pytest.raises(ModelError, match="has no reply left to 'other', number 1"):
+        asyncio.run(model([{"role": "user", "content": "other"}]))
 
 
 def test_a_model_named_at_reset_answers_in_that_episode_alone(
