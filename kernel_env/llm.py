@@ -99,19 +99,20 @@ def _recorded_replies(path: Path) -> Callable[[Messages], str] | None:
     if not episode.messages:
         return None
     replies: dict[tuple[str, int], deque[str]] = defaultdict(deque)
-    pending = [episode]
-    while pending:
-        one = pending.pop()
-        pending += one.children
+    episodes = [episode]
+    for one in episodes:
+        episodes += one.children
+    for one in sorted(episodes, key=lambda one: one.started):
         told = [message["content"] for message in one.messages if message["role"] == "assistant"]
         for number, reply in enumerate(told):
             replies[one.messages[2]["content"], number].append(reply)
-        for call in (call for turn in one.turns for call in turn.helper_calls):
+    calls = [call for one in episodes for turn in one.turns for call in turn.helper_calls]
+    for call in sorted(calls, key=lambda call: call.started):
+        if call.name.startswith("llm_") and call.error is None:
             prompts = call.arguments.get("prompts", [call.arguments.get("prompt")])
             results = call.result if isinstance(call.result, list) else [call.result]
-            if call.name.startswith("llm_") and call.error is None:
-                for prompt, result in zip(prompts, results, strict=True):
-                    replies[prompt, 0].append(result)
+            for prompt, result in zip(prompts, results, strict=True):
+                replies[prompt, 0].append(result)
 
     def reply_to(messages: Messages) -> str:
         key = (
