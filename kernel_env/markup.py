@@ -23,6 +23,7 @@ _CHARS = 400
 _LONGEST = 20_000
 _ACTIVE = re.compile(r"<(?=[A-Za-z/!?])|\](?=[(:\[])")
 _ZERO_WIDTH = "​"
+_NOTE = "[kernel_env] "  # of the environment, on the stderr of an observation
 _SPECIAL = "\\`*_{}[]()#+!|$~"
 
 
@@ -44,8 +45,9 @@ def head(episode: Episode) -> str:
         )
     if usage.calls:
         cost = f", cost {usage.cost:,.4g}" if usage.cost else ""
-        tokens = f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
-        facts.append(("Model calls", f"{usage.calls:,}, {tokens}{cost}"))
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        told = f", {usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens" if tokens else ""
+        facts.append(("Model calls", f"{usage.calls:,}{told}{cost}"))
     if calls := sum(len(turn.helper_calls) for turn in turns):
         facts.append(("Helper calls", f"{calls:,}"))
     if episode.children:
@@ -75,8 +77,10 @@ def section(number: int, turn: Turn, reasoning: str) -> str:
     facts += ["a fresh kernel took over"] if observation.restarted else []
     if observation.done:
         facts.append(f"ended: {(observation.done_reason or '').replace('_', ' ')}")
+    notes = [line for line in observation.result.stderr.splitlines() if line.startswith(_NOTE)]
+    told = "".join(f"\n\n*{_escaped(note.removeprefix(_NOTE))}*" for note in notes)
     said = f"\n\n{_inert(_cut(reasoning, _LONGEST))}" if reasoning.strip() else ""
-    return f"## Turn {number}\n\n{' · '.join(facts)}{said}"
+    return f"## Turn {number}\n\n{' · '.join(facts)}{told}{said}"
 
 
 def children_text(children: Sequence[tuple[str | None, Episode]]) -> str:

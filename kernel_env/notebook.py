@@ -76,7 +76,7 @@ def write_notebook(episode: Episode, path: str | Path) -> Path:
     """Write the notebook whole or not at all, replacing an older one; of each child one beside it, first.
 
     The files of the children of `episode.ipynb` are `episode-child-1.ipynb` and so on. Large contexts and
-    helper calls (from 256 Ki characters on) have files of their own, named by their content, in the folder
+    helper calls (from 64 Ki characters on) have files of their own, named by their content, in the folder
     `kernel_env_data` beside it, which other notebooks there share.
 
     Raises:

@@ -17,7 +17,7 @@ from kernel_env.errors import NotebookError
 __all__ = ["FOLDER", "LARGE", "fetch", "is_reference", "put", "write_whole"]
 
 FOLDER = "kernel_env_data"
-LARGE = 2**18
+LARGE = 2**16
 """Characters from which on a text has a file of its own."""
 
 _NAME = re.compile(rf"{FOLDER}/([0-9a-f]{{64}})\.txt")
