@@ -169,10 +169,11 @@ class _Writer:
         parts = [
             _SETUP,
             *((_HERE / name).read_text("utf-8") for name in ("recorded.py", "guest/rerun.py")),
-            "from pathlib import Path as _Path\n\n"
-            f"run_again(\n    globals(),\n    context={given},\n    seed={episode.seed!r},\n"
-            f"    calls={calls},\n    signatures={{{functions}}},\n)",
+            f"run_again(\n    globals(),\n    RecordedCalls,\n    context={given},\n"
+            f"    seed={episode.seed!r},\n    calls={calls},\n    signatures={{{functions}}},\n)",
         ]
+        if "_Path(" in parts[-1]:
+            parts.insert(-1, "from pathlib import Path as _Path")
         source = "\n\n".join(parts)
         return {
             "id": "setup",

@@ -14,6 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 import kernel_env
+from kernel_env.reading import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernel_env"
@@ -139,3 +140,15 @@ def test_the_notebooks_run(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks" / "gallery").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_the_gallery_is_of_whole_episodes_of_the_present_schema(path: Path) -> None:
+    episode = kernel_env.Episode.from_notebook(path)
+    assert episode.edits == []
+    assert episode.final_answer is not None
+    shipped = nbformat.read(path, as_version=4).metadata.kernel_env.schema  # type: ignore[no-untyped-call]
+    assert shipped == SCHEMA
+    assert kernel_env.replay(episode).is_reproduced

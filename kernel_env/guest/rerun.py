@@ -23,13 +23,15 @@ class _Verbatim(str):
         return str(self)
 
 
-def run_again(namespace: _Any, context: _Any, seed: _Any, calls: _Any, signatures: _Any) -> None:
+def run_again(
+    namespace: _Any, recorded_calls: _Any, context: _Any, seed: _Any, calls: _Any, signatures: _Any
+) -> None:
     """Put the context, the helpers and `answer` into the namespace, and seed `random` and numpy."""
     defaults = {}
     for name, function in signatures.items():
         parameters = _inspect.signature(function).parameters.values()
         defaults[name] = {p.name: p.default for p in parameters if p.default is not p.empty}
-    record = RecordedCalls(calls, defaults)  # type: ignore[name-defined] # noqa: F821 - of `recorded.py`
+    record = recorded_calls(calls, defaults)
 
     def helper(name: str, function: _Any) -> _Any:
         signature = _inspect.signature(function)
