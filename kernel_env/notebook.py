@@ -37,7 +37,10 @@ _HERE = Path(__file__).parent
 _SETUP = """\
 # So that the cells below run again without kernel_env and without a model: the context, the seed, and helpers
 # that answer from the record of the episode.
-"""
+import json as _json
+from pathlib import Path as _Path
+
+_record = {}"""
 _SIGNATURES = {
     "llm_query": "(prompt, model=None)",
     "llm_query_batched": "(prompts, model=None)",
@@ -166,15 +169,18 @@ class _Writer:
         functions = ", ".join(
             f"{name!r}: lambda {text[1:-1]}: None" for name, text in sorted(signatures.items())
         )
-        parts = [
-            _SETUP,
-            *((_HERE / name).read_text("utf-8") for name in ("recorded.py", "guest/rerun.py")),
-            f"run_again(\n    globals(),\n    RecordedCalls,\n    context={given},\n"
-            f"    seed={episode.seed!r},\n    calls={calls},\n    signatures={{{functions}}},\n)",
-        ]
-        if "_Path(" in parts[-1]:
-            parts.insert(-1, "from pathlib import Path as _Path")
-        source = "\n\n".join(parts)
+        texts = ((_HERE / name).read_text("utf-8") for name in ("recorded.py", "guest/rerun.py"))
+        source = "\n".join(
+            [
+                _SETUP,
+                # As texts on lines of their own: a page that cannot fold the cell away shows ten lines.
+                *(f"exec({text!r}, _record)" for text in texts),
+                '_record["run_again"](',
+                '    globals(),\n    _record["RecordedCalls"],',
+                f"    context={given},\n    seed={episode.seed!r},\n    calls={calls},",
+                f"    signatures={{{functions}}},\n)",
+            ]
+        )
         return {
             "id": "setup",
             "cell_type": "code",

@@ -1,11 +1,15 @@
-# Runs in any IPython kernel, as part of the first cell of an exported notebook, behind the text of
-# `recorded.py`: gives the cells below what they had, without kernel_env and without a model.
+"""Gives the cells of an exported notebook what they had, without kernel_env and without a model.
 
-import inspect as _inspect
-import random as _random
-import sys as _sys
-from importlib.util import find_spec as _find_spec
-from typing import Any as _Any
+Runs in any IPython kernel: its text is in the first cell of the notebook, beside that of `recorded.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from importlib.util import find_spec
+from typing import Any
 
 
 class HelperError(Exception):
@@ -24,19 +28,19 @@ class _Verbatim(str):
 
 
 def run_again(
-    namespace: _Any, recorded_calls: _Any, context: _Any, seed: _Any, calls: _Any, signatures: _Any
+    namespace: Any, recorded_calls: Any, context: Any, seed: Any, calls: Any, signatures: Any
 ) -> None:
     """Put the context, the helpers and `answer` into the namespace, and seed `random` and numpy."""
     defaults = {}
     for name, function in signatures.items():
-        parameters = _inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
         defaults[name] = {p.name: p.default for p in parameters if p.default is not p.empty}
     record = recorded_calls(calls, defaults)
 
-    def helper(name: str, function: _Any) -> _Any:
-        signature = _inspect.signature(function)
+    def helper(name: str, function: Any) -> Any:
+        signature = inspect.signature(function)
 
-        def call(*args: _Any, **kwargs: _Any) -> _Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             found = record.take(name, dict(signature.bind(*args, **kwargs).arguments))
             if found is None:
                 raise HelperError(f"{name}: the record of this episode has no such call left")
@@ -51,12 +55,12 @@ def run_again(
         vars(call)["__signature__"] = signature
         return call
 
-    def FINAL(value: _Any) -> _Any:
+    def FINAL(value: Any) -> Any:
         text = str(value)
         shown = text if len(text) <= 200 else text[:200] + "…"
         return _Verbatim(f"FINAL({shown})")
 
-    def FINAL_VAR(x: _Any) -> _Any:
+    def FINAL_VAR(x: Any) -> Any:
         name = x.strip().strip("'\"") if isinstance(x, str) else None
         if name is not None and name not in namespace and name.isidentifier():
             known = ", ".join(SHOW_VARS()) or "none yet"
@@ -66,15 +70,16 @@ def run_again(
             )
         return FINAL(namespace.get(name, x))
 
-    def SHOW_VARS() -> _Any:
+    def SHOW_VARS() -> Any:
         return sorted(n for n in namespace if n not in hidden and not n.startswith("_"))
 
     namespace.update({name: helper(name, function) for name, function in signatures.items()})
+    namespace.update(HelperError=HelperError, HelperFailure=HelperFailure)
     namespace.update(FINAL=FINAL, FINAL_VAR=FINAL_VAR, SHOW_VARS=SHOW_VARS)
     namespace.update(context=context, answer={"content": "", "ready": False})
     if seed is not None:
-        _random.seed(seed)
-        if "numpy" in _sys.modules or _find_spec("numpy") is not None:
+        random.seed(seed)
+        if "numpy" in sys.modules or find_spec("numpy") is not None:
             import numpy
 
             numpy.random.seed(seed % 2**32)

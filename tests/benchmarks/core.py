@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -149,25 +148,13 @@ def helper_calls() -> list[Row]:
     return rows
 
 
-def export() -> list[Row]:
-    """Writing the notebook of 30 turns with output."""
-    with LocalREPLEnv() as env, tempfile.TemporaryDirectory() as folder:
-        env.reset(context="x" * MB, max_iterations=100)
-        for number in range(30):
-            env.execute(f"print('turn {number}\\n' * 50)\n{{'n': {number}}}")
-        path = Path(folder) / "episode.ipynb"
-        env.export(path)
-        median = statistics.median(milliseconds(lambda: env.export(path)) for _ in range(11))
-    return [Row("export of 30 turns", f"{median:.0f} ms", "≤ 50 ms", median <= 50)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="leave the 1 GB context out")
     quick = parser.parse_args().quick
-    rows = [*contexts(7), *([] if quick else large_context()), *helper_calls(), *export()]
+    rows = [*contexts(7), *([] if quick else large_context()), *helper_calls()]
     table = Table("", "", "aim", "")
     for row in rows:
         table.add_row(row.what, row.figure, row.reference, "ok" if row.is_met else "missed")
