@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_env import sidefiles
-from kernel_env.errors import NotebookError
+from kernel_env.errors import NotebookError, boundary
 
 __all__ = [
     "CALL_MIME",
@@ -44,17 +44,21 @@ class Read:
     """Of each turn the cell that it is in, for messages."""
 
 
-def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Read:
+def read(path: str | Path, *, max_bytes: int = MAX_BYTES, above: tuple[Path, ...] = ()) -> Read:
     """The record of the episode in a notebook, its children's and large texts' files included.
 
     What was changed by hand is in the record's `edits`; cells that were added are turns, of their outputs.
+    `above` are the files of the episodes that it is a child of.
 
     Raises:
         NotebookError: the file cannot be read, or is no episode; says where.
     """
     file = Path(path)
-    notebook = load_notebook(file, max_bytes=max_bytes)
-    return _Reader(file, notebook, max_bytes).read()
+    if file in above:
+        raise NotebookError(f"{str(file)!r} is named as a child of itself")
+    with boundary(NotebookError, f"{str(file)!r} is not as it was written"):
+        notebook = load_notebook(file, max_bytes=max_bytes)
+        return _Reader(file, notebook, max_bytes, (*above, file)).read()
 
 
 def load_notebook(file: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -151,8 +155,11 @@ def digest(value: Any) -> str:
 
 
 class _Reader:
-    def __init__(self, file: Path, notebook: dict[str, Any], max_bytes: int) -> None:
+    def __init__(
+        self, file: Path, notebook: dict[str, Any], max_bytes: int, lineage: tuple[Path, ...]
+    ) -> None:
         self._file = file
+        self._lineage = lineage
         self._notebook = notebook
         self._max_bytes = max_bytes
         self._edits: list[str] = []
@@ -186,7 +193,8 @@ class _Reader:
             return child
         if "/" in child or child.startswith("."):
             raise NotebookError(f"{str(self._file)!r} names the child {child!r}, which is no file beside it")
-        return read(self._file.with_name(child), max_bytes=self._max_bytes).record
+        file = self._file.with_name(child)
+        return read(file, max_bytes=self._max_bytes, above=self._lineage).record
 
     def _turns(self, is_joined: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         texts = 0

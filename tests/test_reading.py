@@ -324,6 +324,13 @@ def put(notebook: dict[str, Any], *place: Any) -> None:
         (("cells", 3, "metadata", None), "cell 4: it is no cell, or has no metadata"),
         (("cells", 3, "source", 5), "cell 4: its source is no text"),
         (("cells", None), "has no list of cells"),
+        (
+            ("metadata", "kernel_env", "episode", "children", ["episode.ipynb"]),
+            "is named as a child of itself",
+        ),
+        (("metadata", "kernel_env", "episode", "children", 5), "is not as it was written: TypeError"),
+        (("cells", 3, "outputs", 5), "is not as it was written: TypeError"),
+        (("cells", 3, "metadata", "kernel_env", "written", 5), "is not as it was written: AttributeError"),
     ],
 )
 def test_metadata_that_was_broken_by_hand_is_named(path: Path, place: tuple[Any, ...], words: str) -> None:
