@@ -136,6 +136,8 @@ def test_a_solved_episode_shows_its_pictures_and_calls_and_is_saved_as_it_was(
     expect(call.locator("td").nth(1)).to_be_visible()
     keep(page, lab, "pictures")
     written = Episode.from_notebook(folder / "pictures.ipynb")
+    # Its kernel tells JupyterLab what language it has, which is then in the file, too.
+    expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).to_be_visible(timeout=60_000)
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     expect(page.locator(".jp-Dialog")).to_have_count(0)
     assert "codemirror_mode" in (folder / "pictures.ipynb").read_text("utf-8")  # so JupyterLab has written it

@@ -31,7 +31,7 @@ CELLS = [
     "llm_query('fails')",
     "print(lookup('k', 3), lookup('k'))",
     "import time; time.sleep(60)",
-    "object(), {'one', 'two', 'three', 'four', 'five'}, time.time() > 0",
+    "import uuid; print(hex(uuid.uuid4().int >> 64)); {'one', 'two', 'three', 'four'}",
     "import uuid; print(uuid.uuid4(), 'in', 0.25 + hash('x') % 7, 'ms')",
     "FINAL(rlm_query('child', context=[1]))",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,7 +81,5 @@ def run_again(
     if seed is not None:
         random.seed(seed)
         if "numpy" in sys.modules or find_spec("numpy") is not None:
-            import numpy
-
-            numpy.random.seed(seed % 2**32)
+            import_module("numpy.random").seed(seed % 2**32)
     hidden = {*namespace, "exit", "quit", "open"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kernel_env import REPLAction
+from kernel_env import Episode, REPLAction
+from kernel_env.sidefiles import FOLDER
 
 from .conftest import StartEnv
 
@@ -59,8 +60,9 @@ def test_text_goes_everywhere_and_comes_back_the_same(start: StartEnv, tmp_path:
     path = env.export(tmp_path / "episode.ipynb")
     notebook = nbformat.reads(path.read_text("utf-8"), as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
-    stored = json.loads(path.read_bytes())["metadata"]["kernel_env"]["episode"]
-    assert (stored["context"], stored["final_answer"]) == (in_jupyter(text), in_jupyter(text))
+    stored = Episode.from_notebook(path)
+    assert (stored.context, stored.final_answer) == (text, text)
+    assert stored == env.episode
 
 
 @pytest.mark.parametrize("name", [n for n in TEXTS if n not in ("a line of 1 MB",)])
@@ -116,7 +118,8 @@ def test_a_notebook_is_never_half_written(start: StartEnv, tmp_path: Path) -> No
     ended.set()
     reader.join()
     assert seen == sorted(seen)
-    assert {p.name for p in tmp_path.iterdir()} == {"episode.ipynb"}
+    assert {p.name for p in tmp_path.iterdir()} == {"episode.ipynb", FOLDER}
+    assert [p.stat().st_size for p in (tmp_path / FOLDER).iterdir()] == [10**6]
 
 
 def test_a_display_of_json_with_nan_is_valid_json(start: StartEnv, tmp_path: Path) -> None:
