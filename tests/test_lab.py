@@ -76,6 +76,12 @@ def lab(
             yield f"{_address(home / 'runtime', server)}|{request.param}"
         finally:
             server.terminate()
+            try:
+                server.wait(20)
+            except (
+                subprocess.TimeoutExpired
+            ):  # it waits for a kernel that was still starting; that ends with it
+                server.kill()
 
 
 def _address(runtime: Path, server: subprocess.Popen[bytes]) -> str:
