@@ -80,7 +80,7 @@ def lab(
                 server.wait(20)
             except (
                 subprocess.TimeoutExpired
-            ):  # it waits for a kernel that was still starting; that ends with it
+            ):  # it waits for a kernel that was starting
                 server.kill()
 
 
