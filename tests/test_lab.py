@@ -78,9 +78,7 @@ def lab(
             server.terminate()
             try:
                 server.wait(20)
-            except (
-                subprocess.TimeoutExpired
-            ):  # it waits for a kernel that was starting
+            except subprocess.TimeoutExpired:  # it waits for a kernel that was starting
                 server.kill()
 
 
