@@ -6,6 +6,7 @@ import glob
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from kernel_env.config import check_count
 from kernel_env.episode import Episode
 from kernel_env.errors import ConfigError, KernelEnvError, boundary
 from kernel_env.exporters import EXPORTERS
@@ -116,10 +118,16 @@ def export_command(
     try:
         if to not in EXPORTERS:
             raise ConfigError(f"--to {to!r}; give one of {', '.join(EXPORTERS)}")
+        check_count("--jobs", jobs, least=0)
         paths = sorted(glob.glob(notebooks, recursive=True))
         if not paths:
             raise ConfigError(f"no notebook matches {notebooks!r}")
         if to == "ipynb":
+            names = Counter(Path(path).name for path in paths)
+            if twice := [name for name, times in names.items() if times > 1]:
+                raise ConfigError(
+                    f"{twice[0]!r} is in several folders, and would be in one; export each alone"
+                )
             out.mkdir(parents=True, exist_ok=True)
         written = _exported(console, paths, to, jobs or os.cpu_count() or 1)
         failures = _write(console, written, to, out)
@@ -181,8 +189,5 @@ def show_command(
     view = View(console)
     view.open(episode)
     for number, turn in enumerate(episode.turns, start=1):
-        view.begin(number, turn.action.code or f"# the answer: {turn.action.final_answer}")
-        for output in turn.observation.outputs:
-            view.output(output)
-        view.turn(turn)
+        view.past_turn(number, turn)
     view.end(episode, notebook, 0)

@@ -213,7 +213,7 @@ class REPLEnvironment:
         `expected_answer` goes to the rubric and nowhere else. `llm_model`, with `hf_token`, is an
         `HFChatModel` that answers `llm_query` in this episode, in place of functions given at construction;
         `rlm_max_depth` above 1 lets its `rlm_query` calls work in child episodes, of at most
-        `rlm_max_iterations` replies (default 30) each.
+        `rlm_max_iterations` replies each, default the `max_iterations` of construction.
 
         Raises:
             ConfigError: an argument cannot be used; the episode there was goes on.

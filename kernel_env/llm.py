@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 from kernel_env.config import check_count, check_seconds
 from kernel_env.episode import Episode
-from kernel_env.errors import ConfigError, ModelError, NotebookError
+from kernel_env.errors import ConfigError, ModelError, NotebookError, boundary
 from kernel_env.notebook import read_cells
+from kernel_env.reading import load_notebook
 
 __all__ = ["ChatModel", "ChatReply", "HFChatModel", "ScriptedChatModel"]
 
@@ -93,9 +94,12 @@ class ScriptedChatModel:
 def _recorded_replies(path: Path) -> Callable[[Messages], str] | None:
     """What the models of a run replied, from its notebook; None if this is not one."""
     try:
-        episode = Episode.from_notebook(path)
+        if path.suffix != ".ipynb" or "kernel_env" not in load_notebook(path).get("metadata", {}):
+            return None
     except NotebookError:
-        return None
+        return None  # `read_cells` says what is wrong
+    with boundary(ConfigError, "the script"):
+        episode = Episode.from_notebook(path)
     if not episode.messages:
         return None
     replies: dict[tuple[str, int], deque[str]] = defaultdict(deque)

@@ -12,9 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from markdown_it import MarkdownIt
-
 from kernel_env.episode import Episode, HelperCall, Turn
+from kernel_env.prompts import split_reply
 
 __all__ = ["call_html", "call_preview", "call_text", "children_text", "head", "reasoning_of_turns", "section"]
 
@@ -92,35 +91,22 @@ def children_text(children: Sequence[tuple[str | None, Episode]]) -> str:
     return "\n".join(lines)
 
 
-def reasoning_of_turns(episode: Episode, blocks_of: Any) -> list[str]:
-    """Of each turn, what the model said before its code: the part of its reply up to that block.
-
-    `blocks_of` finds the blocks of code of a reply, as the runner did; the replies' turns are found by them.
-    """
-    said, codes = [""] * len(episode.turns), [turn.action.code for turn in episode.turns]
+def reasoning_of_turns(episode: Episode) -> list[str]:
+    """Of each turn, what the model said before its code; the turns of a reply are found by their code."""
+    said: list[list[str]] = [[] for _ in episode.turns]
     at = 0
     for message in episode.messages:
         if message["role"] != "assistant":
             continue
-        blocks = [block for block in blocks_of(message["content"]) if block]
-        pieces = _prose(message["content"])
-        ran = 0
-        while ran < len(blocks) and at < len(codes) and codes[at] == blocks[ran]:
-            said[at] = "\n\n".join(filter(None, [said[at], *pieces[ran : ran + 1]]))
-            at, ran = at + 1, ran + 1
-        if not ran and at < len(codes) and not blocks:
-            said[at] = "\n\n".join(filter(None, [said[at], message["content"]]))
-    return said
-
-
-def _prose(reply: str) -> list[str]:
-    """What stands between the fenced blocks of a reply."""
-    lines, pieces, last = reply.splitlines(), [], 0
-    for token in MarkdownIt("commonmark").parse(reply):
-        if token.type == "fence" and token.map is not None and token.level == 0:
-            pieces.append("\n".join(lines[last : token.map[0]]).strip())
-            last = token.map[1]
-    return pieces
+        parts = split_reply(message["content"])
+        if not parts and at < len(said):
+            said[at].append(message["content"].strip())
+        for before, code in parts:
+            if at == len(said) or episode.turns[at].action.code != code:
+                break  # it was not run
+            said[at].append(before)
+            at += 1
+    return ["\n\n".join(filter(None, pieces)) for pieces in said]
 
 
 def call_preview(call: HelperCall) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from kernel_env.markup import (
     reasoning_of_turns,
     section,
 )
-from kernel_env.prompts import extract_code_blocks
 from kernel_env.reading import CALL_MIME, SCHEMA, digest, exact, is_exact
 
 __all__ = ["check_target", "notebook_text", "read_cells", "to_notebook", "write_notebook"]
@@ -105,9 +104,17 @@ class _Writer:
         self._episode = episode
         self._path = path
         self._files = files
-        self._calls = [self._calls_of(turn) for turn in episode.turns]
+        self._calls: list[Any] = []
 
     def notebook(self) -> dict[str, Any]:
+        try:
+            self._calls = [self._calls_of(turn) for turn in self._episode.turns]
+            return self._notebook()
+        except (TypeError, ValueError) as error:
+            name = self._episode.episode_id
+            raise NotebookError(f"the record of {name!r} is no JSON value: {error}") from error
+
+    def _notebook(self) -> dict[str, Any]:
         episode = self._episode
         record = episode.model_dump(mode="python", exclude={"turns", "children", "context"})
         record["children"] = self._files or [child.model_dump(mode="python") for child in episode.children]
@@ -121,12 +128,8 @@ class _Writer:
             self._setup_cell(context),
             *self._turn_cells(),
         ]
-        try:
-            text = json.dumps(
-                [record, [cell["metadata"] for cell in cells]], ensure_ascii=False, allow_nan=False
-            )
-        except (TypeError, ValueError) as error:
-            raise NotebookError(f"the record of {episode.episode_id!r} is no JSON value: {error}") from error
+        whole = [record, [cell["metadata"] for cell in cells]]
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         if not is_exact(text):
             metadata["joined"] = True
             record = exact(record)
@@ -200,7 +203,7 @@ class _Writer:
         files: list[Any] = list(self._files) or [None] * len(episode.children)
         for file, child in zip(files, episode.children, strict=True):
             started[_turn_that_started(child, episode)].append((file, child))
-        said = reasoning_of_turns(episode, extract_code_blocks)
+        said = reasoning_of_turns(episode)
         for number, turn in enumerate(episode.turns, start=1):
             yield _text_cell(f"turn-{number}-head", "turn", section(number, turn, said[number - 1]))
             yield _turn_cell(number, turn, self._calls[number - 1])

@@ -52,6 +52,8 @@ class OwnModel:
             return None
         if not (isinstance(llm_model, str) and llm_model):
             raise ConfigError(f"reset(llm_model={llm_model!r}): give the name of a model, or its address")
+        if config.rlm_max_depth > 1 and "budget" in config.tools:
+            raise ConfigError("tools['budget']: the name is reserved in the children of a model's episode")
         chat = HFChatModel(llm_model, token=hf_token)
         run = Run(
             RunConfig(

@@ -29,6 +29,7 @@ __all__ = [
     "describe_limits",
     "extract_code_blocks",
     "format_observations",
+    "split_reply",
 ]
 
 _LENGTHS_SHOWN = 100
@@ -176,19 +177,11 @@ def describe_limits(limits: Limits, replies: int, blocks: int) -> str:
     """What bounds a run: its replies and blocks of code, and what each block may take."""
     seconds = [f"after {limits.cell_active:g} s of its own work"] if limits.cell_active < math.inf else []
     seconds += [f"after {limits.cell_total:g} s in all"] if limits.cell_total < math.inf else []
-    bounds = [
-        f"{replies} replies with at most {blocks} blocks of code",
-        *filter(
-            None,
-            [
-                f"a block is stopped {' or '.join(seconds)}" if seconds else "",
-                f"variables may take {limits.memory_bytes / 2**20:,.0f} MB",
-                f"helpers may be called {limits.helper_calls:,} times, a batch counting as its prompts",
-            ],
-        ),
-    ]
-    if limits.episode < math.inf:
-        bounds.append(f"all of it may take {limits.episode:g} s")
+    bounds = [f"{replies} replies with at most {blocks} blocks of code"]
+    bounds += [f"a block is stopped {' or '.join(seconds)}"] if seconds else []
+    bounds.append(f"variables may take {limits.memory_bytes / 2**20:,.0f} MB")
+    bounds.append(f"helpers may be called {limits.helper_calls:,} times, a batch counting as its prompts")
+    bounds += [f"all of it may take {limits.episode:g} s"] if limits.episode < math.inf else []
     return f"Limits: {'; '.join(bounds)}."
 
 
@@ -211,14 +204,21 @@ def extract_code_blocks(text: str, language: str = "python") -> list[str]:
     Fences are those of CommonMark: of backticks or tildes, three or more, with the closing one as long; an
     unclosed block goes to the end of the text. A block without code is none.
     """
+    return [code for _, code in split_reply(text, language)]
+
+
+def split_reply(text: str, language: str = "python") -> list[tuple[str, str]]:
+    """Of each block of code of a reply: what stands before it, other blocks included, and the code."""
     languages = _LANGUAGES | {language}
-    blocks = []
+    lines = re.split("\r\n|\r|\n", text)  # as the parser counts them
+    parts, end = [], 0
     for token in MarkdownIt("commonmark").parse(text):
         if token.type == "fence" and token.info.split(maxsplit=1)[:1] and token.info.split()[0] in languages:
             code = textwrap.dedent(token.content).strip("\n")
-            if code.strip():
-                blocks.append(code)
-    return blocks
+            if code.strip() and token.map is not None:
+                parts.append(("\n".join(lines[end : token.map[0]]).strip(), code))
+                end = token.map[1]
+    return parts
 
 
 def format_observations(

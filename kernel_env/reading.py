@@ -164,6 +164,7 @@ class _Reader:
         self._max_bytes = max_bytes
         self._edits: list[str] = []
         self._found: list[int] = []
+        self._is_first = False
 
     def read(self) -> Read:
         metadata = self._notebook.get("metadata", {}).get("kernel_env")
@@ -177,6 +178,7 @@ class _Reader:
                 f"{str(self._file)!r} has episode schema {schema!r}; this kernel_env reads 1 to {SCHEMA}. "
                 "A newer kernel_env may read it"
             )
+        self._is_first = schema == 1  # its cells of text have no mark
         record = exact_again(metadata["episode"]) if metadata.get("joined") else dict(metadata["episode"])
         record.pop("reward", None)
         if sidefiles.is_reference(record.get("context")):
@@ -213,7 +215,7 @@ class _Reader:
                 yield name, self._turn(name, cell, exact_again(metadata) if is_joined else metadata)
             elif metadata.get("source") not in (None, digest(cell["source"])):
                 self._edits.append(f"{name}, which prepares the others, was edited")
-        if texts:
+        if texts and not self._is_first:
             self._edits.append(f"{texts} cell{'s' * (texts > 1)} of text added; not part of the record")
 
     def _turn(self, name: str, cell: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,18 @@ ALIASES = {"llm_batch": "llm_query_batched"}
 
 
 class RecordedCalls:
-    """The helper calls of an episode as (name, arguments, result, failed, error), in their order.
+    """The helper calls of an episode as dicts, in their order, and what answers from them.
 
-    `defaults` are, by function, what its arguments are where a call leaves them out.
+    `signatures` are those of the functions, by name: a call may leave out what has a default. What cannot be
+    served raises `error`; failed items of a batch are `failure`s.
     """
 
-    def __init__(self, calls: Any, defaults: Any) -> None:
-        self._defaults = defaults
+    def __init__(self, calls: Any, signatures: Any, error: Any, failure: Any) -> None:
+        self._defaults = {
+            name: {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+            for name, signature in signatures.items()
+        }
+        self._error, self._failure = error, failure
         self._by_content: Any = defaultdict(deque)
         self._by_order: Any = defaultdict(deque)
         self.unrecorded: list[str] = []
@@ -32,7 +37,21 @@ class RecordedCalls:
             self._by_order[ALIASES.get(call["name"], call["name"])].append((number, call))
         self._used: set[int] = set()
 
-    def take(self, name: str, arguments: Any) -> Any:
+    def answer(self, name: str, arguments: Any) -> Any:
+        """What the function returned or raised when it was called like this."""
+        call = self._take(name, arguments)
+        if call is None:
+            raise self._error(f"{name}: the record of this episode has no such call left")
+        if call["error"] is not None:
+            raise self._error(call["error"])
+        result = call["result"]
+        if call["failed"]:
+            result = list(result)
+            for index, text in call["failed"].items():
+                result[int(index)] = self._failure(text)
+        return result
+
+    def _take(self, name: str, arguments: Any) -> Any:
         """The recorded call that answers this one; None if there is none left."""
         name = ALIASES.get(name, name)
         found = self._next(self._by_content[self._key(name, arguments)])

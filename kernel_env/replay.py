@@ -102,11 +102,7 @@ async def replay_async(
     """
     calls = [call.model_dump(mode="python") for turn in episode.turns for call in turn.helper_calls]
     signatures = {name: _signature(name, text) for name, text in episode.tools.items()}
-    defaults = {
-        name: {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
-        for name, signature in signatures.items()
-    }
-    record = RecordedCalls(calls, defaults)
+    record = RecordedCalls(calls, signatures, HelperError, HelperFailure)
     env = REPLEnvironment(
         kernel_name=kernel_name or episode.kernel_name,
         isolation=isolation,
@@ -171,37 +167,25 @@ def _model_functions(record: RecordedCalls, episode: Episode) -> dict[str, Any]:
     there = set(episode.turns[0].observation.available_variables) if episode.turns else set()
     functions: dict[str, Any] = {}
     if "llm_query" in there:
-        functions["llm_query_fn"] = lambda prompt, model=None: _answer(
-            record, "llm_query", {"prompt": prompt, "model": model}
+        functions["llm_query_fn"] = lambda prompt, model=None: record.answer(
+            "llm_query", {"prompt": prompt, "model": model}
         )
-        functions["llm_batch_fn"] = lambda prompts, model=None: _answer(
-            record, "llm_query_batched", {"prompts": prompts, "model": model}
+        functions["llm_batch_fn"] = lambda prompts, model=None: record.answer(
+            "llm_query_batched", {"prompts": prompts, "model": model}
         )
     if "rlm_query" in there:
-        functions["subcall_fn"] = lambda prompt, model=None, context=None: _answer(
-            record, "rlm_query", {"prompt": prompt, "model": model, "context": context}
+        functions["subcall_fn"] = lambda prompt, model=None, context=None: record.answer(
+            "rlm_query", {"prompt": prompt, "model": model, "context": context}
         )
-        functions["subcall_batch_fn"] = lambda prompts, model=None, contexts=None: _answer(
-            record, "rlm_query_batched", {"prompts": prompts, "model": model, "contexts": contexts}
+        functions["subcall_batch_fn"] = lambda prompts, model=None, contexts=None: record.answer(
+            "rlm_query_batched", {"prompts": prompts, "model": model, "contexts": contexts}
         )
     return functions
 
 
-def _answer(record: RecordedCalls, name: str, arguments: dict[str, Any]) -> Any:
-    call = record.take(name, arguments)
-    if call is None:
-        raise HelperError(f"{name}: the record of this episode has no such call left")
-    if call["error"] is not None:
-        raise HelperError(call["error"])
-    if not call["failed"]:
-        return call["result"]
-    failed = call["failed"]
-    return [HelperFailure(failed[i]) if i in failed else reply for i, reply in enumerate(call["result"])]
-
-
 def _tool(record: RecordedCalls, name: str, signature: inspect.Signature) -> Callable[..., Any]:
     async def tool(*args: Any, **kwargs: Any) -> Any:
-        return _answer(record, name, dict(signature.bind(*args, **kwargs).arguments))
+        return record.answer(name, dict(signature.bind(*args, **kwargs).arguments))
 
     tool.__signature__ = signature  # type: ignore[attr-defined]
     return tool

@@ -95,6 +95,13 @@ class View:
         style = "green" if observation.status == "ok" else "red"
         self._console.print(Text(" · ".join(facts), style=style))
 
+    def past_turn(self, number: int, turn: Turn) -> None:
+        """A turn that has ended, whole."""
+        self.begin(number, turn.action.code or f"# the answer: {turn.action.final_answer}")
+        for output in turn.observation.outputs:
+            self.output(output)
+        View.turn(self, turn)
+
     def end(self, episode: Episode, out: Path, cells: int) -> None:
         lines = []
         if episode.final_answer is None:
@@ -157,10 +164,7 @@ class RunView(View):
 
     def turn(self, turn: Turn) -> None:
         self._number += 1
-        self.begin(self._number, turn.action.code or f"# the answer: {turn.action.final_answer}")
-        for output in turn.observation.outputs:
-            self.output(output)
-        super().turn(turn)
+        self.past_turn(self._number, turn)
 
     def child_begins(self, depth: int, model: str, prompt: str) -> None:
         self._tell(depth, f"child begins: {_line(prompt)}")

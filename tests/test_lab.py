@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -31,6 +32,11 @@ pytestmark = [
 ]
 
 
+class Lab(NamedTuple):
+    address: str
+    theme: str
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gallery")
@@ -44,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["Light", "Dark"])
 def lab(
     request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of a JupyterLab over the gallery."""
+) -> Iterator[Lab]:
+    """A JupyterLab over the gallery."""
     home = tmp_path_factory.mktemp("lab")
     themes = {"apputils-extension/themes": {"theme": f"JupyterLab {request.param}"}}
     for name, values in {**SETTINGS, **themes}.items():
@@ -73,7 +79,7 @@ def lab(
         subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL) as server,
     ):
         try:
-            yield f"{_address(home / 'runtime', server)}|{request.param}"
+            yield Lab(_address(home / "runtime", server), request.param)
         finally:
             server.terminate()
             try:
@@ -108,23 +114,22 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-def open_notebook(page: Page, lab: str, name: str) -> None:
-    address, theme = lab.split("|")
-    page.goto(f"{address}lab/tree/{name}.ipynb?token=t&reset")
+def open_notebook(page: Page, lab: Lab, name: str) -> None:
+    page.goto(f"{lab.address}lab/tree/{name}.ipynb?token=t&reset")
     expect(page.locator(".jp-Notebook")).to_be_visible(timeout=60_000)
     expect(page.locator(".jp-Notebook h1")).to_contain_text("Episode")
     expect(page.locator(".jp-Dialog")).to_have_count(0)
-    expect(page.locator(f'body[data-jp-theme-name="JupyterLab {theme}"]')).to_have_count(1)
+    expect(page.locator(f'body[data-jp-theme-name="JupyterLab {lab.theme}"]')).to_have_count(1)
     page.keyboard.press("Control+b")  # the file browser takes a fourth of the picture
     PICTURES.mkdir(exist_ok=True)
 
 
-def keep(page: Page, lab: str, name: str) -> None:
-    page.screenshot(path=PICTURES / f"{name}-{lab.split('|')[1].lower()}.png")
+def keep(page: Page, lab: Lab, name: str) -> None:
+    page.screenshot(path=PICTURES / f"{name}-{lab.theme.lower()}.png")
 
 
 def test_a_solved_episode_shows_its_pictures_and_calls_and_is_saved_as_it_was(
-    page: Page, lab: str, folder: Path
+    page: Page, lab: Lab, folder: Path
 ) -> None:
     open_notebook(page, lab, "pictures")
     notebook = page.locator(".jp-Notebook")
@@ -148,7 +153,7 @@ def test_a_solved_episode_shows_its_pictures_and_calls_and_is_saved_as_it_was(
     assert Episode.from_notebook(folder / "pictures.ipynb") == written
 
 
-def test_errors_a_time_out_and_a_restart_are_told(page: Page, lab: str) -> None:
+def test_errors_a_time_out_and_a_restart_are_told(page: Page, lab: Lab) -> None:
     open_notebook(page, lab, "trouble")
     headings = page.locator(".jp-Notebook h2")
     expect(headings).to_have_count(5)
@@ -157,7 +162,7 @@ def test_errors_a_time_out_and_a_restart_are_told(page: Page, lab: str) -> None:
     keep(page, lab, "trouble")
 
 
-def test_children_are_links_that_open(page: Page, lab: str) -> None:
+def test_children_are_links_that_open(page: Page, lab: Lab) -> None:
     open_notebook(page, lab, "recursion")
     notebook = page.locator(".jp-Notebook")
     expect(notebook.locator("h2 + p + p em")).to_have_text("size")

@@ -161,6 +161,9 @@ def test_the_notebook_of_a_run_replies_as_the_models_did(tmp_path: Path) -> None
     assert len(model.asked) == asked
     with pytest.raises(ModelError, match="has no reply left to 'other', number 1"):
         asyncio.run(model([{"role": "user", "content": "other"}]))
+    (tmp_path / "run-child-1.ipynb").unlink()
+    with pytest.raises(ConfigError, match=r"the script: NotebookError: cannot read .*run-child-1.ipynb"):
+        ScriptedChatModel(tmp_path / "run.ipynb")
 
 
 def test_a_model_named_at_reset_answers_in_that_episode_alone(
@@ -189,6 +192,14 @@ def test_a_model_named_at_reset_answers_in_that_episode_alone(
         assert env.execute("print(llm_query('a'))").observation.result.stdout == "A\n"
     assert server.tokens == [f"Bearer {TOKEN}"] * 3
     assert not any(TOKEN in text for text in [*told, caplog.text])
+
+
+def test_a_tool_called_budget_is_refused_where_children_have_one() -> None:
+    with (
+        LocalREPLEnv(tools={"budget": print}) as env,
+        pytest.raises(ConfigError, match="reserved in the child"),
+    ):
+        env.reset(llm_model="m", rlm_max_depth=2)
 
 
 def test_a_model_named_at_reset_works_in_child_episodes(server: Server) -> None:

@@ -262,11 +262,11 @@ def test_a_turn_is_headed_by_what_the_model_said_before_its_code() -> None:
     replies = [
         "I think first.",
         "First *this*.\n```repl\nx = 1\n```\nThen that.\n```repl\nx += 1\n```\nAnd:\n```json\n{}\n```",
-        "Done.\n```repl\nFINAL(x)\n```",
+        "As in:\n```json\n{}\n```\nDone.\n```repl\nFINAL(x)\n```",
     ]
     episode = LocalRLMRunner(lambda messages: replies[len(messages) // 2 - 1]).run("", "t").episode
     cells = {cell["id"]: cell["source"] for cell in to_notebook(episode)["cells"]}
     assert cells["turn-1-head"].startswith("## Turn 1\n\nok · ")
     assert cells["turn-1-head"].endswith("\n\nI think first.\n\nFirst *this*.")
     assert cells["turn-2-head"].endswith("\n\nThen that.")
-    assert cells["turn-3-head"].endswith("\n\nDone.")
+    assert cells["turn-3-head"].endswith("\n\nAs in:\n```json\n{}\n```\nDone.")

@@ -212,6 +212,8 @@ def test_export_writes_many_with_all_cores_and_names_what_it_cannot_read(
     for arguments, words in (
         (["none*", "--to", "jsonl", "--out", "x"], "no notebook matches 'none*'"),
         (["runs/1.ipynb", "--to", "csv", "--out", "x"], "--to 'csv'; give one of ipynb, jsonl, messages"),
+        (["**/1.ipynb", "--to", "ipynb", "--out", "x"], "'1.ipynb' is in several folders"),
+        (["runs/1.ipynb", "--to", "jsonl", "--out", "x", "--jobs", "-1"], "--jobs = -1"),
         (["runs/1.ipynb", "--to", "jsonl", "--out", "gone/x"], "No such file or directory"),
     ):
         assert words in kernel_env("export", *arguments, cwd=tmp_path, fails=2).stderr

@@ -32,28 +32,15 @@ def run_again(
     namespace: Any, recorded_calls: Any, context: Any, seed: Any, calls: Any, signatures: Any
 ) -> None:
     """Put the context, the helpers and `answer` into the namespace, and seed `random` and numpy."""
-    defaults = {}
-    for name, function in signatures.items():
-        parameters = inspect.signature(function).parameters.values()
-        defaults[name] = {p.name: p.default for p in parameters if p.default is not p.empty}
-    record = recorded_calls(calls, defaults)
+    known = {name: inspect.signature(function) for name, function in signatures.items()}
+    record = recorded_calls(calls, known, HelperError, HelperFailure)
 
-    def helper(name: str, function: Any) -> Any:
-        signature = inspect.signature(function)
-
+    def helper(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = record.take(name, dict(signature.bind(*args, **kwargs).arguments))
-            if found is None:
-                raise HelperError(f"{name}: the record of this episode has no such call left")
-            if found["error"] is not None:
-                raise HelperError(found["error"])
-            if not found["failed"]:
-                return found["result"]
-            failed = {int(index): text for index, text in found["failed"].items()}
-            return [HelperFailure(failed[i]) if i in failed else r for i, r in enumerate(found["result"])]
+            return record.answer(name, dict(known[name].bind(*args, **kwargs).arguments))
 
         call.__name__ = call.__qualname__ = name
-        vars(call)["__signature__"] = signature
+        vars(call)["__signature__"] = known[name]
         return call
 
     def FINAL(value: Any) -> Any:
@@ -64,9 +51,9 @@ def run_again(
     def FINAL_VAR(x: Any) -> Any:
         name = x.strip().strip("'\"") if isinstance(x, str) else None
         if name is not None and name not in namespace and name.isidentifier():
-            known = ", ".join(SHOW_VARS()) or "none yet"
+            names = ", ".join(SHOW_VARS()) or "none yet"
             raise NameError(
-                f"FINAL_VAR: there is no variable {name!r}; your variables: {known}. "
+                f"FINAL_VAR: there is no variable {name!r}; your variables: {names}. "
                 f"If {name!r} is the answer itself, call FINAL({name!r})."
             )
         return FINAL(namespace.get(name, x))
@@ -74,7 +61,7 @@ def run_again(
     def SHOW_VARS() -> Any:
         return sorted(n for n in namespace if n not in hidden and not n.startswith("_"))
 
-    namespace.update({name: helper(name, function) for name, function in signatures.items()})
+    namespace.update({name: helper(name) for name in signatures})
     namespace.update(HelperError=HelperError, HelperFailure=HelperFailure)
     namespace.update(FINAL=FINAL, FINAL_VAR=FINAL_VAR, SHOW_VARS=SHOW_VARS)
     namespace.update(context=context, answer={"content": "", "ready": False})
