@@ -53,7 +53,9 @@ def test_a_death_in_a_cell_is_an_observation_within_a_second(start: StartEnv, na
     observation = env.execute(f"print('before', flush=True)\n{code}").observation
     # The seconds on top are for the fresh kernel, on a loaded machine; the death itself is timed below.
     assert time.monotonic() - begin < 10
-    assert observation.result.execution_time < 3
+    assert observation.result.execution_time < (
+        8 if "100 MB" in name else 3
+    )  # which take their time themselves
     assert (observation.status, observation.restarted, observation.done) == ("died", True, False)
     assert observation.result.exception == f"KernelDied: the kernel {end}"
     assert observation.lost_variables == ["lost"]
