@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from kernel_env.syntax import parse
+
 __all__ = ["Marker", "first_marker", "printed_marker"]
 
 _PARENTHESIS = re.compile(r"[()]")
@@ -58,7 +60,7 @@ def _marker(kind: str, text: str) -> Marker:
 
 def _has_marker_literal(code: str) -> bool:
     try:
-        tree = ast.parse(code)
+        tree = parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return any(

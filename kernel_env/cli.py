@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import math
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from rich.text import Text
 
 from kernel_env import example
 from kernel_env.budget import Budget, ModelUsage
+from kernel_env.cli_eval import compare_command, eval_command, prices_of
 from kernel_env.cli_records import export_command, replay_command, show_command
 from kernel_env.errors import ConfigError, KernelEnvError, ResetRequired, SandboxUnavailable
 from kernel_env.kernelspecs import LOCAL, find_kernelspec, with_provisioner
@@ -44,6 +44,8 @@ app = typer.Typer(
 )
 
 
+app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("replay")(replay_command)
 app.command("export")(export_command)
 app.command("show")(show_command)
@@ -203,12 +205,7 @@ def _work(
 def _cost(prices: str | None) -> Callable[[ModelUsage], float] | None:
     if prices is None:
         return None
-    try:
-        prompt, completion = map(float, prices.split(","))
-    except ValueError:
-        prompt = completion = -1.0
-    if not (0 <= prompt < math.inf and 0 <= completion < math.inf):
-        raise ConfigError(f"--prices {prices!r}: give two numbers >= 0 with a comma, as 0.5,1.5")
+    prompt, completion = prices_of(prices)
     return lambda usage: (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +26,7 @@ from kernel_env.prompts import (
     extract_code_blocks,
     format_observations,
 )
+from kernel_env.syntax import parse
 from kernel_env.tree import ChildTrace, Environment, Progress, RLMRunResult, RunConfig, Tree, Work
 from kernel_env.types import REPLAction, REPLObservation
 
@@ -58,13 +61,17 @@ class Run:
         self._work = work
         self._is_root = work is None
         self._model = model
+        self._seed: int | None = None
         self._traces: list[ChildTrace] = []
         self.children: list[Episode] = []
         self.record: Episode | None = None
         self.progress = Progress(prompt, model or "")
 
-    async def go(self, context: Any, task_prompt: str, expected_answer: Any = None) -> RLMRunResult:
+    async def go(
+        self, context: Any, task_prompt: str, expected_answer: Any = None, seed: int | None = None
+    ) -> RLMRunResult:
         config = self._config
+        self._seed = seed
         tools = {**config.tools, "budget": self._tree.spending_left}
         steps = config.max_iterations * config.env_max_iterations_multiplier
         options = {
@@ -79,7 +86,7 @@ class Run:
         env = config.make_env(**options)
         try:
             first = await env.reset_async(
-                context=context, task_prompt=task_prompt, expected_answer=expected_answer
+                context=context, task_prompt=task_prompt, expected_answer=expected_answer, seed=seed
             )
             record = self.record = env.episode
             record.children = self.children
@@ -118,7 +125,7 @@ class Run:
         config, messages = self._config, env.episode.messages
         messages.append(build_user_prompt(task_prompt))
         for iteration in range(1, config.max_iterations + 1):
-            reply = await self._ask(messages)
+            reply = await self._reply_to(messages)
             self.progress.turn = iteration
             messages.append({"role": "assistant", "content": reply})
             blocks = extract_code_blocks(reply)
@@ -152,7 +159,7 @@ class Run:
             messages[-1] = {"role": "user", "content": f"{messages[-1]['content']}\n\n{_LAST}"}
         else:
             messages.append({"role": "user", "content": _LAST})
-        reply = await self._ask(messages)
+        reply = await self._reply_to(messages)
         messages.append({"role": "assistant", "content": reply})
         marker = first_marker(reply)
         if marker is not None and marker.is_variable and not env.episode.done:
@@ -163,6 +170,14 @@ class Run:
             await env.step_async(REPLAction(is_final=True, final_answer=answer))
         elif answer:
             env.episode.final_answer = answer
+
+    async def _reply_to(self, messages: list[dict[str, str]]) -> str:
+        """The next reply of this run's own conversation."""
+        asked = time.monotonic()
+        try:
+            return await self._ask(messages)
+        finally:
+            self.progress.model_seconds += time.monotonic() - asked
 
     async def _ask(self, messages: list[dict[str, str]], model: str | None = None) -> str:
         spending = self._tree.spending
@@ -258,7 +273,8 @@ class Run:
             _tell(config.on_subcall_start, config.depth, model or "", preview)
             try:
                 async with asyncio.timeout(config.per_child_timeout_s):
-                    result = await run.go(prompt if context is None else context, prompt)
+                    given = prompt if context is None else context
+                    result = await run.go(given, prompt, seed=_derived(self._seed, prompt))
                 if result.final_answer is None:
                     raise HelperError("rlm_query: the child gave no answer")
                 answer = result.final_answer
@@ -281,6 +297,14 @@ class Run:
         return answer[:limit]
 
 
+def _derived(seed: int | None, prompt: str) -> int | None:
+    """A child's seed: by its prompt, as the order of the children of a batch is anybody's guess."""
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest()[:6], "big")
+
+
 def _tell(callback: Callable[..., Any] | None, *arguments: Any) -> None:
     if callback is not None:
         try:
@@ -296,7 +320,7 @@ def _text(context: Any) -> str:
 def _literal(text: str) -> str:
     """An answer in quotes, without them."""
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(parse(text.strip(), "eval"))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
     return value if isinstance(value, str) else text

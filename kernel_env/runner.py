@@ -52,12 +52,12 @@ class LocalRLMRunner:
         on_subcall_start: `(depth, model, prompt_preview)`, called on the loop.
         on_subcall_complete: `(depth, model, duration_s, error)`.
         verbose: log each turn on the logger `kernel_env.runner`, at INFO instead of DEBUG.
-        tools, limits, isolation, kernel_name, rubric: of every episode of the tree, as for `REPLEnvironment`.
+        tools, limits, isolation, kernel_name: of every episode of the tree, as for `REPLEnvironment`.
         sub_model: asked by `llm_query` and by children, unless a call names another; default the run's own.
         budget: of the whole tree; a run that has used it up ends with what it has in `answer["content"]`.
             `budget()` in the kernels tells what is left.
         cost: of one reply, from the tokens it took.
-        on_output, on_turn: of the root's episode, as for `REPLEnvironment`.
+        rubric, on_output, on_turn: of the root's episode, as for `REPLEnvironment`.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -119,10 +119,10 @@ class LocalRLMRunner:
             raise ConfigError(f"budget = {budget!r}; give a Budget")
         environment: dict[str, Any] = {
             "isolation": isolation,
-            "rubric": rubric,
             "kernel_name": kernel_name,
         }
-        of_root: dict[str, Any] = {"on_output": on_output, "on_turn": on_turn}
+        # A rubric knows one expected answer at a time: children's would make it forget the root's.
+        of_root: dict[str, Any] = {"rubric": rubric, "on_output": on_output, "on_turn": on_turn}
         REPLEnvironment(
             tools=tools, limits=limits, **environment, **of_root
         )  # what it refuses is refused here
@@ -186,9 +186,10 @@ class LocalRLMRunner:
         model: str | None = None,
         timeout_s: float | None = None,
         expected_answer: Any = None,
+        seed: int | None = None,
     ) -> RLMRunResult:
         """See `run_async`; works inside a running event loop, too."""
-        options = {"model": model, "timeout_s": timeout_s, "expected_answer": expected_answer}
+        options = {"model": model, "timeout_s": timeout_s, "expected_answer": expected_answer, "seed": seed}
         return portal.run(partial(self.run_async, context, task_prompt, **options))
 
     async def run_async(
@@ -199,10 +200,12 @@ class LocalRLMRunner:
         model: str | None = None,
         timeout_s: float | None = None,
         expected_answer: Any = None,
+        seed: int | None = None,
     ) -> RLMRunResult:
         """Run to an answer, or to the end of the iterations; no kernel of the tree outlives it.
 
         `timeout_s` bounds the seconds of the whole tree. `expected_answer` goes to the rubric alone.
+        `seed` is that of the root's kernel; children's are made of it and their prompts.
 
         Raises:
             ConfigError: there may not be as many kernels as the tree may hold.
@@ -216,7 +219,7 @@ class LocalRLMRunner:
             self._last = Run(self._config, tree, None, model, task_prompt)
             self._spending = tree.spending
             try:
-                return await self._last.go(context, task_prompt, expected_answer)
+                return await self._last.go(context, task_prompt, expected_answer, seed)
             finally:
                 self._last.progress.end(None)
 

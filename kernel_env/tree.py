@@ -30,7 +30,7 @@ class Environment(Protocol):
     @property
     def helpers(self) -> dict[str, Helper]: ...
     async def reset_async(
-        self, *, context: Any, task_prompt: str, expected_answer: Any
+        self, *, context: Any, task_prompt: str, expected_answer: Any, seed: int | None
     ) -> REPLObservation: ...
     async def step_async(self, action: REPLAction) -> REPLObservation: ...
     async def close_async(self) -> None: ...
@@ -111,6 +111,8 @@ class Progress:
     model: str
     turn: int = 0
     """Replies of the model, so far."""
+    model_seconds: float = 0.0
+    """How long it waited for them."""
     began: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     """How long it took; None while it goes on."""

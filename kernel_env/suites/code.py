@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from kernel_env.errors import ConfigError
 from kernel_env.suites.suite import SIZES, Made, Suite, code_of
+from kernel_env.syntax import parse
 
 __all__ = ["CodeQuestions"]
 
@@ -166,8 +167,8 @@ def _facts_of(source: str) -> _Facts:
     classes, functions = {}, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        body = ast.parse(source).body
-    for node in body:
+        tree = parse(source)
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
             methods = {inner.name for inner in node.body if isinstance(inner, kinds)}
@@ -187,7 +188,7 @@ _QUESTIONS = {
 
 
 def _ask(rng: random.Random, kind: str, facts: dict[str, _Facts]) -> tuple[str, str, Any, str] | None:
-    """Path (empty where it is the answer), name, answer and question; None if there is nothing to ask about."""
+    """Path (empty where it is the answer), name, answer and question; None without a name."""
     of_classes = kind in ("class_file", "methods", "base")
     names = [
         (path, name)
