@@ -27,6 +27,7 @@ from kernel_env.errors import (
     SandboxUnavailable,
     UsageError,
 )
+from kernel_env.evaluate import EvalConfig, evaluate
 from kernel_env.exporters import EXPORTERS
 from kernel_env.llm import ChatModel, ChatReply, HFChatModel, ScriptedChatModel
 from kernel_env.local import LocalREPLEnv
@@ -50,6 +51,7 @@ from kernel_env.rubrics import (
     Rubric,
 )
 from kernel_env.runner import LocalRLMRunner
+from kernel_env.tasks import Task
 from kernel_env.tree import ChildTrace, RLMRunResult
 from kernel_env.types import CodeBlockResult, REPLAction, REPLObservation, REPLState, StepResult, Usage
 from kernel_env.workdir import Artifact
@@ -71,6 +73,7 @@ __all__ = [
     "CustomMetricRubric",
     "Episode",
     "EpisodeOver",
+    "EvalConfig",
     "ExactMatchRubric",
     "FuzzyMatchRubric",
     "HFChatModel",
@@ -102,11 +105,13 @@ __all__ = [
     "SandboxUnavailable",
     "ScriptedChatModel",
     "StepResult",
+    "Task",
     "Turn",
     "Usage",
     "UsageError",
     "build_rlm_system_prompt",
     "build_user_prompt",
+    "evaluate",
     "extract_code_blocks",
     "format_observations",
     "replay",

@@ -195,8 +195,9 @@ class Evaluation:
                 for index in range(min(count, self.config.num_tasks or default)):
                     id = tasks.task_id(split, index)
                     where = f"{tasks.name}, split {split!r}, index {index}"
-                    if (first := seen.setdefault(id, where)) != where:
-                        raise ConfigError(f"{where}: the id {id!r} is also that of {first}")
+                    if id in seen:
+                        raise ConfigError(f"{where}: the id {id!r} is also that of {seen[id]}")
+                    seen[id] = where
                     for sample in range(self.config.samples):
                         yield _Place(tasks, split, index, sample, id)
         if not seen:

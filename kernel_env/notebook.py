@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from kernel_env import sidefiles
 from kernel_env.episode import Episode, Turn
 from kernel_env.errors import ConfigError, NotebookError, boundary
@@ -115,6 +113,9 @@ class _Writer:
             raise NotebookError(f"the record of {name!r} is no JSON value: {error}") from error
 
     def _notebook(self) -> dict[str, Any]:
+        # Where JupyterLab is installed, this takes a second (formats of jsonschema), which most need not spend.
+        import nbformat
+
         episode = self._episode
         record = episode.model_dump(mode="python", exclude={"turns", "children", "context"})
         record["children"] = self._files or [child.model_dump(mode="python") for child in episode.children]
@@ -322,6 +323,8 @@ def read_cells(path: str | Path) -> list[str]:
 
 
 def _notebook_cells(file: Path, text: str) -> list[str]:
+    import nbformat  # as above
+
     with boundary(ConfigError, f"{str(file)!r} is no notebook"):
         notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
     codes = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]

@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from kernel_env.errors import ConfigError
 from kernel_env.local import LocalREPLEnv
 from kernel_env.sidefiles import write_whole
@@ -200,6 +198,8 @@ def write_report(path: Path, *, title: str) -> Path:
         },
         "cells": cells,
     }
+    import nbformat  # as in notebook.py
+
     nbformat.validate(notebook)
     text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
     target = path / "report.ipynb"

@@ -221,7 +221,8 @@ class _ReadTasks(TaskSet):
                 f"{where}: a task has no field {min(map(str, given))!r}; it has {_FIELDS} "
                 "(map others, as expected_answer=label)"
             )
-        values["metadata"] = given | dict(values.get("metadata") or {})
+        if isinstance(own := values.get("metadata") or {}, Mapping):  # else it is refused below
+            values["metadata"] = given | dict(own)
         values = {name: value for name, value in values.items() if value is not None}
         values.setdefault("id", f"{self.name}-{number:05}")
         values["id"] = str(values["id"])

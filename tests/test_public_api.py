@@ -21,7 +21,7 @@ PACKAGE = ROOT / "kernel_env"
 
 LAYERS = [
     {"errors"},
-    {"types", "isolation", "seccomp"},
+    {"types", "isolation", "seccomp", "syntax", "metrics"},
     {"config", "sidefiles", "recorded"},
     {"budget", "reading"},
     {"episode"},
@@ -43,12 +43,20 @@ LAYERS = [
     {"notebook"},
     {"exporters"},
     {"llm", "tree"},
+    {"tasks"},
+    {"suite"},
+    {"rows", "needle", "code"},
+    {"aggregation", "pairs"},
+    {"suites"},
     {"recursion"},
     {"own_model"},
     {"environment"},
-    {"local", "runner", "replay"},
+    {"local", "runner", "replay", "grading"},
+    {"policies", "rundir", "report"},
+    {"summary"},
+    {"evaluate"},
     {"views"},
-    {"cli_records"},
+    {"cli_records", "cli_eval"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -71,12 +79,14 @@ def test_modules_import_only_from_layers_below() -> None:
     level = {name: number for number, names in enumerate(LAYERS) for name in names}
     modules = {path.stem: path for path in PACKAGE.glob("*.py")}
     modules |= {path.stem: path for path in PACKAGE.glob("provisioners/[!_]*.py")}
+    modules |= {path.stem: path for path in PACKAGE.glob("suites/[!_]*.py")}
+    modules["suites"] = PACKAGE / "suites" / "__init__.py"
     assert modules.keys() == level.keys()
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernel_env"):
                 parts = [part for part in (node.module or "").split(".")[1:] if part != "provisioners"]
-                imported = [parts[0]] if parts else [alias.name for alias in node.names]
+                imported = [parts[-1]] if parts else [alias.name for alias in node.names]
                 for other in imported:
                     assert level[other] < level[name], f"{name} imports {other}"
                     assert other != "guest"

@@ -90,7 +90,7 @@ def cycle(times: int, temporary_folder: Path) -> None:
     for _ in range(times):
         once()
     after = level()
-    # What is kept ready is made and closed meanwhile, on a loaded machine at any moment; a leak would be `times`.
+    # What is kept ready is made and closed meanwhile, under load at any moment; a leak would be `times`.
     assert after[0] <= before[0] + 3
     assert after[1] <= before[1] + 2  # idle workers end by themselves
     assert after[2] <= before[2]

@@ -251,7 +251,7 @@ get_ipython().kernel.comm_manager.register_target('hangs', handle)
 
 
 def test_the_environment_is_usable_after_every_kind_of_stop_in_one_episode(start: StartEnv) -> None:
-    env: LocalREPLEnv = start(limits=Limits(interrupt_grace=0.5, restarts=2))
+    env: LocalREPLEnv = start(limits=Limits(interrupt_grace=0.5))
     for code, status in [
         ("while True: pass", "timeout"),
         ("import os; os._exit(1)", "died"),
