@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import logging
 import math
 import re
@@ -268,6 +269,8 @@ class Evaluation:
         isolation = await self._isolation()
         self._check_kernels()
         directory.begin_session(isolation=isolation, at_once=self.config.at_once)
+        # It may take a second, which is none of the first episode's.
+        await portal.run_in_thread(importlib.import_module, "nbformat")
         queue = iter(pending)
 
         async def work() -> None:

@@ -113,7 +113,7 @@ class _Writer:
             raise NotebookError(f"the record of {name!r} is no JSON value: {error}") from error
 
     def _notebook(self) -> dict[str, Any]:
-        # Where JupyterLab is installed, this takes a second (formats of jsonschema), which most need not spend.
+        # Beside JupyterLab this takes a second (formats of jsonschema), which most uses need not spend.
         import nbformat
 
         episode = self._episode

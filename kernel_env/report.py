@@ -187,8 +187,10 @@ def write_report(path: Path, *, title: str) -> Path:
             if text:
                 cells.append(_cell(f"text-{number}", "markdown", text))
             observation = _run(env, code)
-            code_cell = {"outputs": observation.outputs, "execution_count": number}
-            cells.append(_cell(f"cell-{number}", "code", code, **code_cell))
+            cell = _cell(f"cell-{number}", "code", code)
+            cell |= {"outputs": observation.outputs, "execution_count": number}
+            cell["metadata"] = {"jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
+            cells.append(cell)
     notebook = {
         "nbformat": 4,
         "nbformat_minor": 5,
@@ -224,5 +226,5 @@ def _package_path() -> list[str]:
     return [os.fspath(Path(__file__).resolve().parents[1])]
 
 
-def _cell(id: str, kind: str, source: str, **rest: Any) -> dict[str, Any]:
-    return {"id": id, "cell_type": kind, "metadata": {}, "source": source, **rest}
+def _cell(id: str, kind: str, source: str) -> dict[str, Any]:
+    return {"id": id, "cell_type": kind, "metadata": {}, "source": source}
