@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib
 import logging
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,17 +20,16 @@ from kernel_env.environment import REPLEnvironment
 from kernel_env.errors import ConfigError, KernelEnvError
 from kernel_env.grading import Grader
 from kernel_env.notebook import write_notebook
-from kernel_env.policies import Trial, find_policy
+from kernel_env.policies import find_policy
 from kernel_env.rundir import Result, RunDirectory
 from kernel_env.suites import SUITES
 from kernel_env.summary import summarise
 from kernel_env.tasks import Task, TaskSet, load_tasks
+from kernel_env.trial import Trial, seed_of, slug
 
 __all__ = ["EvalConfig", "Evaluation", "RunResult", "evaluate"]
 
 log = logging.getLogger("kernel_env.evaluate")
-
-_ANSWER = 4096  # characters of an answer in the results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +117,7 @@ class RunResult:
     """What a run came to."""
 
     out: Path
-    results: list[Result]
+    results: list[Result] = field(repr=False)
     """Of every episode that ended, in the order of the tasks."""
     summary: dict[str, Any]
     stopped_by: str | None
@@ -343,7 +339,7 @@ class Evaluation:
             "sample": place.sample,
             "tasks": place.tasks.name,
             "split": place.split,
-            "seed": _seed(self.config.seed, place.id, place.sample),
+            "seed": seed_of(self.config.seed, place.id, place.sample),
             "started": started,
         }
         trial = None
@@ -366,7 +362,7 @@ class Evaluation:
             log.warning("%s failed", place.id, exc_info=True)
             facts |= _failure(error)
         if trial is not None and trial.episode is not None:
-            facts |= _figures(trial)
+            facts |= trial.figures()
             facts |= await self._written(folder, place, trial, facts)
         return Result(**facts, seconds=time.perf_counter() - clock)
 
@@ -394,7 +390,7 @@ class Evaluation:
     async def _written(
         self, folder: Path, place: _Place, trial: Trial, facts: dict[str, Any]
     ) -> dict[str, Any]:
-        name = f"episodes/{_slug(place.id)}.{place.sample}.ipynb"
+        name = f"episodes/{slug(place.id)}.{place.sample}.ipynb"
         clock = time.perf_counter()
         await portal.run_in_thread(write_notebook, trial.episode, folder / name)
         return {"notebook": name, "bookkeeping_seconds": time.perf_counter() - clock}
@@ -430,40 +426,5 @@ def _find_tasks(tasks: Any, seed: int) -> TaskSet:
     return load_tasks(tasks)
 
 
-def _seed(seed: int, id: str, sample: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{sample}:{id}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big")
-
-
-def _slug(id: str) -> str:
-    """A task's id as the name of a file."""
-    slug = re.sub(r"[^\w-]", "_", id, flags=re.ASCII)[:100]
-    if slug == id:
-        return slug
-    return f"{slug}-{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-
-
 def _failure(error: BaseException) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": f"{error}"[:2000]}
-
-
-def _figures(trial: Trial) -> dict[str, Any]:
-    episode = trial.episode
-    assert episode is not None  # it began
-    active = sum(turn.active_time for turn in episode.turns)
-    answer = episode.final_answer
-    return {
-        "episode_id": episode.episode_id,
-        "final_answer": None if answer is None else answer[:_ANSWER],
-        "answer_length": len(answer or ""),
-        "done_reason": episode.done_reason,
-        "stopped_by": trial.stopped_by,
-        "steps": len(episode.turns),
-        "statuses": dict(Counter(turn.observation.status for turn in episode.turns)),
-        "restarts": sum(turn.observation.restarted for turn in episode.turns),
-        "children": len(episode.children),
-        "context_length": len(episode.context),
-        "kernel_seconds": episode.start_time + active,
-        "model_seconds": max(episode.total_execution_time - active, 0.0) + trial.model_seconds,
-        "usage": episode.total_usage,
-    }

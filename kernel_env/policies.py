@@ -11,69 +11,21 @@ import inspect
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-from kernel_env.budget import Budget, ModelUsage, Spending
-from kernel_env.config import Limits, check_seconds
+from kernel_env.budget import ModelUsage
+from kernel_env.config import check_seconds
 from kernel_env.environment import REPLEnvironment
-from kernel_env.episode import Episode
 from kernel_env.errors import ConfigError, HelperError, ResetRequired
-from kernel_env.grading import Grader
 from kernel_env.llm import ChatReply
 from kernel_env.metrics import answer_text
 from kernel_env.runner import LocalRLMRunner
 from kernel_env.suites.suite import code_of
-from kernel_env.tasks import Task
+from kernel_env.trial import Trial
 from kernel_env.types import REPLAction
 
-__all__ = ["POLICIES", "ChunkAndAsk", "ModelPolicy", "Policy", "Trial", "find_policy"]
-
-
-@dataclass
-class Trial:
-    """One episode of an evaluation: what it is about, and what became of it."""
-
-    task: Task
-    context: Any
-    sample: int
-    """Which of the task's episodes this is, from 0 on."""
-    seed: int
-    max_iterations: int
-    limits: Limits
-    grader: Grader
-    budget: Budget
-    cost: Callable[[ModelUsage], float] | None
-    options: dict[str, Any]
-    """Further arguments of the environment."""
-    episode: Episode | None = None
-    """The record, from the start of its kernel on."""
-    model_seconds: float = 0.0
-    """How long a runner waited for its model's replies."""
-    stopped_by: str | None = None
-    """The budget that ended it."""
-    spending: Spending = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.spending = Spending(self.budget, self.cost)
-
-    @asynccontextmanager
-    async def environment(self, **options: Any) -> AsyncIterator[REPLEnvironment]:
-        """The environment of the episode, after its reset."""
-        env = REPLEnvironment(rubric=self.grader, limits=self.limits, **self.options, **options)
-        try:
-            await env.reset_async(
-                seed=self.seed,
-                context=self.context,
-                task_prompt=self.task.task_prompt,
-                max_iterations=self.max_iterations,
-            )
-            self.episode = env.episode
-            yield env
-        finally:
-            await env.close_async()
+__all__ = ["POLICIES", "ChunkAndAsk", "ModelPolicy", "Policy", "find_policy"]
 
 
 class Policy:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from kernel_env.metrics import check_metric
 __all__ = ["FileTasks", "Reference", "RowTasks", "Task", "TaskSet", "load_tasks"]
 
 _SPLIT = "all"
+_LIMITS = {entry.name: entry.type for entry in fields(Limits)}
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,21 @@ class Task(BaseModel):
             raise ConfigError(f"task {self.id!r} has a context and a context_file; give one")
         if self.max_iterations is not None:
             check_count(f"task {self.id!r}: max_iterations", self.max_iterations)
-        known = {entry.name: entry.type for entry in fields(Limits)}
-        if unknown := self.limits.keys() - known.keys():
+        if unknown := self.limits.keys() - _LIMITS.keys():
             raise ConfigError(f"task {self.id!r}: there is no limit {min(unknown)!r}; see Limits")
         try:
-            self.limits_over(Limits())
+            if self.limits:
+                self.limits_over(Limits())
             check_metric(self.metric, self.expected_answer)
         except ConfigError as error:
             raise ConfigError(f"task {self.id!r}: {error}") from None
 
     def limits_over(self, limits: Limits) -> Limits:
         """The limits of this task's episodes in a run with these."""
-        given = {entry.name: getattr(limits, entry.name) for entry in fields(limits)}
-        whole = {entry.name for entry in fields(limits) if entry.type == "int"}
-        own = {name: int(value) if name in whole else value for name, value in self.limits.items()}
-        return Limits(**given | own)
+        own: dict[str, Any] = {
+            name: int(value) if _LIMITS[name] == "int" else value for name, value in self.limits.items()
+        }
+        return replace(limits, **own)
 
     def load_context(self) -> Any:
         """The context itself, read from its file if it has one.

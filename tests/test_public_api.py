@@ -52,7 +52,8 @@ LAYERS = [
     {"own_model"},
     {"environment"},
     {"local", "runner", "replay", "grading"},
-    {"policies", "rundir", "report"},
+    {"trial", "rundir", "report"},
+    {"policies"},
     {"summary"},
     {"evaluate"},
     {"views"},
@@ -128,7 +129,7 @@ def readme_blocks(language: str) -> list[str]:
 @pytest.mark.parametrize(
     ("code", "printed"),
     list(zip(readme_blocks("python"), readme_blocks("text"), strict=True)),
-    ids=["episode", "run"],
+    ids=["episode", "run", "evaluation"],
 )
 def test_the_examples_of_the_readme_print_what_it_says(tmp_path: Path, code: str, printed: str) -> None:
     done = subprocess.run(

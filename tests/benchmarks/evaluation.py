@@ -3,9 +3,9 @@
     python tests/benchmarks/evaluation.py             # the table in the README
     python tests/benchmarks/evaluation.py --quick     # fewer of everything
 
-The work is that of the oracle on needles of 8,000 characters: a kernel, its context, one cell that answers, the
-end of the kernel. "Stock" does it with `AsyncKernelManager` and `execute_interactive`, as many at once, and
-writes nothing down. Absolute times depend on the machine; the ratios are what to compare.
+The work is that of the oracle on needles of 8,000 characters: a kernel, its context, one cell that answers,
+the end of the kernel. "Stock" does it with `AsyncKernelManager` and `execute_interactive`, as many at once,
+and writes nothing down. Absolute times depend on the machine; the ratios are what to compare.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernel_env import EvalConfig, REPLAction, REPLEnvironment, Task, evaluate
+from kernel_env.metrics import METRICS
 from kernel_env.rundir import Result
 from kernel_env.suites import SUITES
 
@@ -49,8 +50,7 @@ async def stock(tasks: list[Task]) -> float:
             assert task.reference is not None
             await client.execute_interactive(f"context = {task.context!r}\nFINAL = print", output_hook=note)
             await client.execute_interactive(task.reference.solution, output_hook=note)
-            expected = task.expected_answer
-            assert "".join(answers).strip() == (", ".join(expected) if type(expected) is list else expected)
+            assert METRICS[task.metric].score(task.expected_answer, "".join(answers)) == 1.0
             client.stop_channels()
             await manager.shutdown_kernel(now=True)
 
@@ -88,10 +88,15 @@ def resumed(folder: Path, count: int) -> float:
     return time.perf_counter() - begin
 
 
+def resident() -> float:
+    """Megabytes of this process."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def memory(folder: Path, counts: tuple[int, int]) -> list[float]:
     """Megabytes of this process after so many episodes of one run."""
     seen: dict[int, float] = {}
-    page = os.sysconf("SC_PAGE_SIZE")
     played = 0
 
     async def policy(env: REPLEnvironment, task: Task) -> None:
@@ -99,7 +104,7 @@ def memory(folder: Path, counts: tuple[int, int]) -> list[float]:
         await env.step_async(REPLAction(code="FINAL(context[:9])"))
         played += 1
         if played in counts:
-            seen[played] = int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20
+            seen[played] = resident()
 
     tasks = [Task(id=f"t{n}", context=f"{n}" * 1000, expected_answer="x") for n in range(counts[1])]
     evaluate(tasks, policy, EvalConfig(out=folder / "memory", at_once=AT_ONCE, report=False))
@@ -116,7 +121,7 @@ def main() -> None:
         suite = SUITES["needle"]()
         peers = [suite.get_task("8k", n) for n in range(16 if quick else 48)]
         before = asyncio.run(stock(peers))
-        rate, share = ours(folder, 100 if quick else 400)
+        rate, share = ours(folder, 100 if quick else 800)
         after = asyncio.run(stock(peers))
         peer = (before + after) / 2
         table.add_row(
