@@ -181,7 +181,7 @@ def prices_of(text: str) -> tuple[float, float]:
 
 
 def _print_line(result: Result) -> None:
-    sys.stdout.write(result.model_dump_json() + "\n")
+    sys.stdout.write(result.line() + "\n")
     sys.stdout.flush()
 
 

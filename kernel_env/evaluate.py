@@ -17,7 +17,8 @@ from kernel_env import portal, report
 from kernel_env.budget import Budget, ModelUsage
 from kernel_env.config import Limits, check_count, from_env
 from kernel_env.environment import REPLEnvironment
-from kernel_env.errors import ConfigError, KernelEnvError
+from kernel_env.episode import Episode
+from kernel_env.errors import ConfigError, KernelEnvError, NotebookError
 from kernel_env.grading import Grader
 from kernel_env.notebook import write_notebook
 from kernel_env.policies import find_policy
@@ -179,6 +180,7 @@ class Evaluation:
         self._on_result = on_result
         self._stopped_by: str | None = None
         self._places = list(self._all_places())
+        self._check_kernels()
         self.tally = Tally(total=len(self._places))
 
     def _all_places(self) -> Iterator[_Place]:
@@ -263,7 +265,6 @@ class Evaluation:
 
     async def _work_off(self, directory: RunDirectory, pending: list[_Place]) -> None:
         isolation = await self._isolation()
-        self._check_kernels()
         directory.begin_session(isolation=isolation, at_once=self.config.at_once)
         # It may take a second, which is none of the first episode's.
         await portal.run_in_thread(importlib.import_module, "nbformat")
@@ -348,22 +349,13 @@ class Evaluation:
             facts["metadata"] = task.metadata
             context = await portal.run_in_thread(task.load_context)
             trial = self._trial(task, context, place.sample, facts["seed"], isolation)
-            seconds = self.config.budget.seconds
-            async with asyncio.timeout(None if seconds == math.inf else seconds) as deadline:
-                await self.policy.play(trial)
-            facts |= await self._judged(trial)
-        except TimeoutError as error:
-            if trial is None or not deadline.expired():
-                facts |= _failure(error)
-            else:
-                trial.stopped_by = f"seconds {seconds:g}"
-                facts |= await self._judged(trial)
+            await self._play(trial)
+            facts["reward"] = await trial.score()
         except Exception as error:
             log.warning("%s failed", place.id, exc_info=True)
             facts |= _failure(error)
         if trial is not None and trial.episode is not None:
-            facts |= trial.figures()
-            facts |= await self._written(folder, place, trial, facts)
+            facts |= trial.figures() | await self._written(folder, place, trial.episode)
         return Result(**facts, seconds=time.perf_counter() - clock)
 
     def _trial(self, task: Task, context: Any, sample: int, seed: int, isolation: str) -> Trial:
@@ -382,17 +374,23 @@ class Evaluation:
             options=options,
         )
 
-    async def _judged(self, trial: Trial) -> dict[str, Any]:
-        """The reward of the final answer, also of one that came after the last step."""
-        assert trial.episode is not None  # it was played
-        return {"reward": await trial.grader.grade(trial.episode.final_answer)}
+    async def _play(self, trial: Trial) -> None:
+        seconds = self.config.budget.seconds
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds) as deadline:
+                await self.policy.play(trial)
+        except TimeoutError:
+            if not deadline.expired() or trial.episode is None:
+                raise
+            trial.stopped_by = f"seconds {seconds:g}"
 
-    async def _written(
-        self, folder: Path, place: _Place, trial: Trial, facts: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _written(self, folder: Path, place: _Place, episode: Episode) -> dict[str, Any]:
         name = f"episodes/{slug(place.id)}.{place.sample}.ipynb"
         clock = time.perf_counter()
-        await portal.run_in_thread(write_notebook, trial.episode, folder / name)
+        try:
+            await portal.run_in_thread(write_notebook, episode, folder / name)
+        except NotebookError as error:  # of something that the policy put into it
+            return _failure(error)
         return {"notebook": name, "bookkeeping_seconds": time.perf_counter() - clock}
 
     def _end(self, directory: RunDirectory) -> RunResult:

@@ -48,7 +48,9 @@ pd.Series(
         "tasks": summary["tasks"],
         "episodes": f"{summary['episodes']} of {summary['expected_episodes']}",
         "failed": summary["failed"],
-        "reward": f"{summary['reward']:.3f}  ({summary['low']:.3f} to {summary['high']:.3f})",
+        "reward": f"{summary['reward']:.3f}",
+        "95 % interval": "unknown" if summary["low"] is None
+        else f"{summary['low']:.3f} to {summary['high']:.3f}",
         **{f"pass@{k}": f"{value:.3f}" for k, value in summary["pass@k"].items()},
         **{f"mean@{k}": f"{value:.3f}" for k, value in summary["mean@k"].items()},
         "steps of an episode": f"{summary['steps']:.1f}",
@@ -78,15 +80,18 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[2, 3
 names = list(summary["by_tasks"])
 for place, name in enumerate(names):
     n = summary["by_tasks"][name]
-    errors = [[n["reward"] - n["low"]], [n["high"] - n["reward"]]]
+    low, high = (n["reward"] if n[end] is None else n[end] for end in ("low", "high"))
+    errors = [[n["reward"] - low], [high - n["reward"]]]
     left.errorbar(n["reward"], place, xerr=errors, fmt="o", capsize=3)
-left.set(yticks=range(len(names)), yticklabels=names, xlim=(-0.02, 1.02), xlabel="reward", title="by suite")
+left.set(yticks=range(len(names)), yticklabels=names, xlabel="reward", title="by suite")
+left.axvspan(0, 1, color="0.95", zorder=0)
 left.invert_yaxis()
 for place, (name, rows) in enumerate(rewards.groupby("tasks", sort=False)):
     at = [order.index(size) + 0.06 * (place - len(names) / 2) for size in rows["context"]]
     errors = [(rows["reward"] - rows["low"]).clip(0), (rows["high"] - rows["reward"]).clip(0)]
     right.errorbar(at, rows["reward"], yerr=errors, fmt="o-", capsize=3, label=name)
-right.set(xticks=range(len(order)), xticklabels=order, ylim=(-0.02, 1.05), xlabel="characters of the context",
+right.axhspan(0, 1, color="0.95", zorder=0)
+right.set(xticks=range(len(order)), xticklabels=order, xlabel="characters of the context",
           title="by context size")
 right.legend(loc="best")
 plt.show()""",

@@ -82,6 +82,10 @@ class Result(BaseModel):
     def key(self) -> tuple[str, int]:
         return self.task, self.sample
 
+    def line(self) -> str:
+        """As JSON, in ASCII: an answer may hold lone surrogates, which UTF-8 has not."""
+        return json.dumps(self.model_dump(mode="python"), allow_nan=False)
+
     @property
     def outcome(self) -> str:
         """In a word or two: `right`, `partly right`, `wrong`, or why there was no answer to score."""
@@ -205,7 +209,7 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written; then nothing of it is.
         """
-        data = result.model_dump_json().encode("utf-8", "backslashreplace") + b"\n"
+        data = result.line().encode() + b"\n"
         size = os.fstat(self._file).st_size
         with _writing(self.path):
             try:
@@ -267,13 +271,14 @@ def read_results(path: str | Path) -> list[Result]:
             for line in lines:
                 number += 1
                 if line.endswith(b"\n"):
-                    result = Result.model_validate_json(line)
+                    result = Result.model_validate(json.loads(line))
                     found.pop(result.key, None)
                     found[result.key] = result
     except OSError as error:
         raise ConfigError(f"{str(path)!r} is no run: {str(file)!r}: {error.strerror}") from None
-    except ValidationError as error:
-        raise ConfigError(f"{str(file)!r}, line {number} is no result: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ConfigError(f"{str(file)!r}, line {number} is no result: {why}") from None
     return list(found.values())
 
 

@@ -48,7 +48,7 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    id: str = Field(min_length=1)
+    id: str
     """Unique in a run."""
     task_prompt: str = ""
     context: Any = ""
@@ -67,6 +67,8 @@ class Task(BaseModel):
     reference: Reference | None = Field(default=None, exclude=True, repr=False)
 
     def model_post_init(self, _: Any) -> None:
+        if not self.id:
+            raise ConfigError("a task's id is empty; give it one, or none")
         if self.context_file is not None and self.context != "":
             raise ConfigError(f"task {self.id!r} has a context and a context_file; give one")
         if self.max_iterations is not None:

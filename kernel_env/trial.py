@@ -14,6 +14,7 @@ from kernel_env.budget import Budget, ModelUsage, Spending
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode
+from kernel_env.errors import ConfigError
 from kernel_env.grading import Grader
 from kernel_env.tasks import Task
 
@@ -64,6 +65,17 @@ class Trial:
             yield env
         finally:
             await env.close_async()
+
+    async def score(self) -> float:
+        """The reward of the final answer, also of one that came after the last step.
+
+        Raises:
+            ConfigError: there was no episode.
+            RubricError: as `Grader.grade`.
+        """
+        if self.episode is None:
+            raise ConfigError("the policy began no episode")
+        return await self.grader.grade(self.episode.final_answer)
 
     def figures(self) -> dict[str, Any]:
         """What the record says of the episode, under the names of `Result`."""

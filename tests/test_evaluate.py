@@ -336,6 +336,36 @@ def metric(expected, answer):
     assert (result.reward, result.error) == (0.5, None)
 
 
+def test_an_answer_of_any_characters_is_kept(tmp_path: Path) -> None:
+    text = "a\ud800\x00\r\n\u2028\x1b[31m" + "z" * 10_000
+
+    async def policy(env: REPLEnvironment, task: Task) -> None:
+        await env.step_async(REPLAction(is_final=True, final_answer=text))
+
+    rows = [Task(id="a\ud800/../b", context="x", expected_answer=text)]
+    evaluate(rows, policy, config(tmp_path / "run"))
+    (one,) = read_results(tmp_path / "run")
+    assert (one.reward, one.answer_length, one.final_answer) == (1.0, len(text), text[:4096])
+    assert one.notebook is not None
+    assert Episode.from_notebook(tmp_path / "run" / one.notebook).final_answer == text
+    assert (tmp_path / "run" / one.notebook).parent == tmp_path / "run" / "episodes"
+
+
+def test_what_cannot_be_written_of_an_episode_is_a_failure_of_it_alone(tmp_path: Path) -> None:
+    async def policy(env: REPLEnvironment, task: Task) -> None:
+        if task.id == "t1":
+            env.episode.expected_answer = object()
+        await submits(env, task)
+
+    result = evaluate(tasks(3), policy, config(tmp_path / "run"))
+    assert [one.error for one in result.results] == [None, "NotebookError", None]
+
+
+def test_a_budget_that_ends_before_the_kernel_is_there_is_a_failure(tmp_path: Path) -> None:
+    result = evaluate(tasks(2), submits, config(tmp_path / "run", budget=Budget(seconds=1e-6)))
+    assert [one.error for one in result.results] == ["TimeoutError", "TimeoutError"]
+
+
 def test_budgets_of_episodes_and_of_the_run(tmp_path: Path) -> None:
     async def hangs(env: REPLEnvironment, task: Task) -> None:
         await env.step_async(REPLAction(code="answer['content'] = 'half'"))

@@ -87,6 +87,7 @@ BAD = [
     (json.dumps({**GOOD, "limits": {"restarts": -1}}), "Limits.restarts = -1"),
     (json.dumps({**GOOD, "metadata": 7}), "metadata"),
     (json.dumps({"id": "b"}), "expected_answer None"),
+    (json.dumps({**GOOD, "id": ""}), "id is empty"),
     ('{"id": "b", "context": "\xff"}', "is no JSON"),
 ]
 
