@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -224,7 +224,10 @@ def _watched(tally: Tally, console: Console) -> Iterator[None]:
 
 
 def _drawn(tally: Tally) -> RenderableType:
-    return Group(ProgressBar(total=tally.total, completed=tally.done, width=60), Text(_standing(tally)))
+    grid = Table.grid()  # in a group, a bar does not end its line
+    grid.add_row(ProgressBar(total=tally.total, completed=tally.done, width=60))
+    grid.add_row(Text(_standing(tally)))
+    return grid
 
 
 def _standing(tally: Tally) -> str:
