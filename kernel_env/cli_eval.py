@@ -38,7 +38,10 @@ _LINE_EVERY = 10.0  # seconds between lines where the output is no terminal
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
+    """SIGTERM, or the terminal is gone: they end a run as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def eval_command(
@@ -128,6 +131,8 @@ def eval_command(
                 raise ConfigError("--policy and --model: give one of them")
             chat = HFChatModel(model, base_url=base_url)
             chosen = ModelPolicy(chat, max_depth=max_depth, sub_model=sub_model)
+        elif sub_model is not None or max_depth != 2:
+            raise ConfigError("--sub-model and --max-depth go with --model")
         elif policy is None:
             raise ConfigError(f"give --model, or --policy with one of {', '.join(POLICIES)}")
         options: dict[str, Any] = {"fields": _fields(field), "metric": metric, "skip_bad": skip_bad}
@@ -137,15 +142,15 @@ def eval_command(
                 console.print(Text(f"left out: {bad}", style="yellow"), soft_wrap=True)
         on_result = _print_line if as_json else None
         evaluation = Evaluation(sources, chosen, config, on_result=on_result)
-        with _ended_by_sigterm(), _watched(evaluation.tally, Console(stderr=True, quiet=quiet or as_json)):
+        with _ended_by_signals(), _watched(evaluation.tally, Console(stderr=True, quiet=quiet or as_json)):
             result = evaluation.run()
     except KernelEnvError as error:
         Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
-        is_term = isinstance(interrupt, _Terminated)
+        number = interrupt.number if isinstance(interrupt, _Terminated) else signal.SIGINT
         Console(stderr=True).print(f"stopped; go on with --resume: {out}", soft_wrap=True)
-        raise typer.Exit(143 if is_term else 130) from None
+        raise typer.Exit(128 + number) from None
     if as_json:
         typer.echo(json.dumps(result.summary))
     elif not quiet:
@@ -186,16 +191,18 @@ def _print_line(result: Result) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    def end(_: int, __: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise _Terminated
+def _ended_by_signals() -> Iterator[None]:
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise _Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -287,12 +294,18 @@ def compare_command(
     try:
         results = read_results(a), read_results(b)
         compared = compare(*results)
-        differences = describe_differences(read_config(a)["settings"], read_config(b)["settings"])
+        settings = read_config(a)["settings"], read_config(b)["settings"]
+        _check_same_tasks(*settings)
+        differences = describe_differences(*settings)
     except KernelEnvError as error:
         Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps({**asdict(compared), "differences": differences}))
+        numbers = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(compared).items()
+        }
+        typer.echo(json.dumps({**numbers, "differences": differences}))
         return
     console = Console()
     for line in differences:
@@ -313,6 +326,16 @@ def compare_command(
         console.print(table)
         if len(compared.changes) > most:
             console.print(f"… and {len(compared.changes) - most:,} more that differ")
+
+
+def _check_same_tasks(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Raise ConfigError if tasks of one name are not the same: their ids would be, and mean nothing."""
+    of_b = {tasks["name"]: tasks for tasks in b["tasks"]}
+    for tasks in a["tasks"]:
+        if differences := describe_differences(tasks, of_b.get(tasks["name"], tasks)):
+            raise ConfigError(
+                f"the tasks {tasks['name']!r} are not the same in both runs: {'; '.join(differences)}"
+            )
 
 
 def _show_comparison(console: Console, compared: Comparison) -> None:

@@ -63,7 +63,8 @@ class EvalConfig:
     budget: Budget = field(default_factory=Budget)
     """Of each episode, with its children."""
     run_budget: Budget = field(default_factory=Budget)
-    """Of the run; `seconds` of this session. When it is used up, no further episode begins."""
+    """Of the run with what it used before, `seconds` of this session alone. When it is used up, no further
+    episode begins; a resume may give more."""
     prices: tuple[float, float] | None = None
     """Of a million prompt and completion tokens; what costs are counted by."""
     fail_fast: bool = False
@@ -204,11 +205,7 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         config = self.config
-        bounds: dict[str, Any] = {
-            "limits": config.limits,
-            "budget": config.budget,
-            "run_budget": config.run_budget,
-        }
+        bounds: dict[str, Any] = {"limits": config.limits, "budget": config.budget}
         return {
             "tasks": [tasks.describe() for tasks in self._sets],
             "splits": list(config.splits),
@@ -220,10 +217,7 @@ class Evaluation:
             "isolation": config.isolation,
             "kernel_name": config.kernel_name,
             "prices": list(config.prices) if config.prices else None,
-            **{
-                name: {key: value if value < math.inf else None for key, value in asdict(bound).items()}
-                for name, bound in bounds.items()
-            },
+            **{name: _finite(bound) for name, bound in bounds.items()},
         }
 
     def run(self) -> RunResult:
@@ -249,6 +243,8 @@ class Evaluation:
                 if place.key in done:
                     self.tally.add(done[place.key])
             self.tally.resumed = self.tally.done
+            failed = (result for key, result in directory.results.items() if key not in done)
+            self.tally.usage = sum((result.usage for result in failed), self.tally.usage)
             finished = False
             try:
                 if pending:
@@ -258,14 +254,17 @@ class Evaluation:
                 if not finished:
                     self._stopped_by = self._stopped_by or "it was interrupted"
                 outcome = self._end(directory)
-            if pending and self.config.report and outcome.results:
+            is_due = pending or not (directory.path / "report.ipynb").exists()
+            if is_due and self.config.report and outcome.results:
                 title = f"{self.policy.name}: {', '.join(tasks.name for tasks in self._sets)}"
                 await portal.run_in_thread(partial(report.write_report, directory.path, title=title))
             return outcome
 
     async def _work_off(self, directory: RunDirectory, pending: list[_Place]) -> None:
         isolation = await self._isolation()
-        directory.begin_session(isolation=isolation, at_once=self.config.at_once)
+        directory.begin_session(
+            isolation=isolation, at_once=self.config.at_once, run_budget=_finite(self.config.run_budget)
+        )
         # It may take a second, which is none of the first episode's.
         await portal.run_in_thread(importlib.import_module, "nbformat")
         queue = iter(pending)
@@ -351,7 +350,10 @@ class Evaluation:
             trial = self._trial(task, context, place.sample, facts["seed"], isolation)
             await self._play(trial)
             facts["reward"] = await trial.score()
-        except Exception as error:
+        except BaseException as error:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
             log.warning("%s failed", place.id, exc_info=True)
             facts |= _failure(error)
         if trial is not None and trial.episode is not None:
@@ -422,6 +424,10 @@ def _find_tasks(tasks: Any, seed: int) -> TaskSet:
     if isinstance(tasks, str) and not Path(tasks).exists():
         raise ConfigError(f"there is no suite and no file {tasks!r}; the suites are {', '.join(SUITES)}")
     return load_tasks(tasks)
+
+
+def _finite(bounds: Limits | Budget) -> dict[str, float | None]:
+    return {key: value if value < math.inf else None for key, value in asdict(bounds).items()}
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from numbers import Real
 from typing import Any
 
 from kernel_env.config import Limits
 from kernel_env.environment import REPLEnvironment
-from kernel_env.errors import RubricError, boundary
+from kernel_env.errors import RubricError
 from kernel_env.metrics import METRICS, is_source
 from kernel_env.portal import as_async
 from kernel_env.rubrics import CodeExecutionRubric, Rubric
@@ -16,6 +17,8 @@ from kernel_env.tasks import Task
 from kernel_env.types import REPLAction, REPLObservation
 
 __all__ = ["Grader"]
+
+log = logging.getLogger("kernel_env.evaluate")
 
 _LIMITS = Limits(cell_active=60.0, restarts=0)
 _CALL = "FINAL(repr(float(metric(context['expected'], context['answer']))))"
@@ -57,13 +60,20 @@ class Grader(Rubric):
         if is_source(metric):
             return await self._in_a_kernel(metric, expected, answer)
         function = metric if callable(metric) else METRICS[metric].score
-        with boundary(RubricError, f"the metric of task {self._task.id!r} raised"):
+        try:
             score = await as_async(function)(expected, answer)
+        except Exception as error:
+            raise self._raised(type(error).__name__, error) from error
         if not isinstance(score, Real) or not math.isfinite(score):
             raise RubricError(
                 f"the metric of task {self._task.id!r} returned {score!r}; a reward is a finite number"
             )
         return float(score)
+
+    def _raised(self, kind: str, details: object) -> RubricError:
+        # What it says may hold the expected answer: that goes to the log, and not into the run.
+        log.warning("the metric of task %r raised: %s", self._task.id, details)
+        return RubricError(f"the metric of task {self._task.id!r} raised {kind}; the log has the details")
 
     async def _in_a_kernel(self, source: str, expected: Any, answer: str) -> float:
         env = REPLEnvironment(**self._options, limits=_LIMITS)
@@ -72,9 +82,8 @@ class Grader(Rubric):
             for code in (source, _CALL):
                 observation = await env.step_async(REPLAction(code=code))
                 if observation.status != "ok":
-                    raise RubricError(
-                        f"the metric of task {self._task.id!r} raised: {observation.result.exception}"
-                    )
+                    raised = observation.result.exception or observation.status
+                    raise self._raised(raised.partition(":")[0], observation.result.stderr)
         finally:
             await env.close_async()
         try:
@@ -83,7 +92,6 @@ class Grader(Rubric):
             score = math.nan
         if not math.isfinite(score):
             raise RubricError(
-                f"the metric of task {self._task.id!r} returned {observation.final_answer}; "
-                "a reward is a finite number"
+                f"the metric of task {self._task.id!r} returned no such number; a reward is a finite number"
             )
         return score

@@ -170,7 +170,7 @@ class HFChatModel:
         check_count("attempts", attempts)
         self.model, self.base_url = model, base_url
         self._timeout = timeout
-        self._options = options
+        self.options = options
         self._client = AsyncInferenceClient(base_url=base_url, token=token, timeout=timeout)
         self._retrying = stamina.AsyncRetryingCaller(
             attempts=attempts, timeout=None, wait_initial=0.5, wait_max=30.0
@@ -190,7 +190,7 @@ class HFChatModel:
     async def _ask(self, messages: Messages, model: str | None) -> ChatReply:
         try:
             async with asyncio.timeout(self._timeout):
-                completion = await self._client.chat_completion(messages, model=model, **self._options)
+                completion = await self._client.chat_completion(messages, model=model, **self.options)
             choice, usage = completion.choices[0], completion.usage
             text = choice.message.content or ""
         except TimeoutError as error:

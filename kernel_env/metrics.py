@@ -5,7 +5,6 @@ To add one, write a function `(expected, answer) -> float`, what it expects, and
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from kernel_env.errors import ConfigError
 __all__ = ["METRICS", "Metric", "answer_text", "check_metric", "is_source"]
 
 _MARK = "def metric("
+_AROUND = " \t\r[](){}'\""  # what a Python list has around its items
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,18 @@ def _f1(wanted: Counter[Any], given: Counter[Any]) -> float:
 
 
 def _set_f1(expected: Any, answer: str) -> float:
-    return _f1(Counter({_normal(item) for item in expected}), Counter(_items(answer)))
+    return _f1(Counter({_normal(str(item).strip(_AROUND)) for item in expected}), Counter(_items(answer)))
 
 
 def _items(answer: str) -> Iterable[str]:
-    items = (item.strip(" \t\r[](){}'\"") for item in re.split(r"[,;\n]", answer))
+    items = (item.strip(_AROUND) for item in re.split(r"[,;\n]", answer))
     return [_normal(item) for item in items if item]
 
 
 def _pair_f1(expected: Any, answer: str) -> float:
-    wanted = Counter({(str(first), str(second)) for first, second in expected})
-    return _f1(wanted, Counter(re.findall(r"(\w+)[ \t]*[,;:–-][ \t]*(\w+)", answer)))
+    wanted = Counter({(_normal(first), _normal(second)) for first, second in expected})
+    text = answer.casefold().replace('"', "").replace("'", "")
+    return _f1(wanted, Counter(re.findall(r"(\w+)[ \t]*[,;:–-][ \t]*(\w+)", text)))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -75,11 +76,15 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_list_of_scalars(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_scalar, value))
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(_is_scalar(item) and not re.search(r"[,;\n]", str(item)) for item in value)
+    )
 
 
 def _is_list_of_pairs(value: Any) -> bool:
@@ -99,7 +104,9 @@ METRICS: dict[str, Metric] = {
     # 0.75 to the power of the error, as OOLONG scores numbers (arXiv:2511.02817).
     "distance": Metric(_distance, _is_number, "a number"),
     # F1 of the answer's items (between commas, semicolons or line ends, or a Python list); doubles are wrong.
-    "set_f1": Metric(_set_f1, _is_list_of_scalars, "a list of texts or numbers that is not empty"),
+    "set_f1": Metric(
+        _set_f1, _is_list_of_scalars, "a list of texts or numbers, not empty, without commas in them"
+    ),
     # F1 of pairs such as `12, 34` or `(12, 34)`, their order counting; twice is once wrong.
     "pair_f1": Metric(_pair_f1, _is_list_of_pairs, "a list of pairs of words or numbers that is not empty"),
 }

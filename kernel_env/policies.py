@@ -17,7 +17,7 @@ from typing import Any
 from kernel_env.budget import ModelUsage
 from kernel_env.config import check_seconds
 from kernel_env.environment import REPLEnvironment
-from kernel_env.errors import ConfigError, HelperError, ResetRequired
+from kernel_env.errors import BudgetExceeded, ConfigError, HelperError, ResetRequired
 from kernel_env.llm import ChatReply
 from kernel_env.metrics import answer_text
 from kernel_env.runner import LocalRLMRunner
@@ -152,7 +152,11 @@ class ChunkAndAsk(Policy):
 
         async def model(prompt: str) -> str:
             asked[prompt] += 1
-            trial.spending.check()
+            try:
+                trial.spending.check()
+            except BudgetExceeded as breach:
+                trial.stopped_by = str(breach)
+                raise HelperError(f"llm_query: {breach}") from None
             rng = random.Random(f"{trial.seed}:{prompt}")
             again = random.Random(f"{trial.seed}:{asked[prompt]}:{prompt}")
             if self._latency:
@@ -235,7 +239,8 @@ class ModelPolicy(Policy):
         plain = {key: value for key, value in self._options.items() if isinstance(value, str | int | float)}
         if "system_prompt" in plain:
             plain["system_prompt"] = hashlib.sha256(str(plain["system_prompt"]).encode()).hexdigest()
-        return plain | {"base_url": getattr(self._chat, "base_url", None)}
+        options = {key: repr(value) for key, value in sorted(getattr(self._chat, "options", {}).items())}
+        return plain | {"base_url": getattr(self._chat, "base_url", None), "options": options}
 
     async def play(self, trial: Trial) -> None:
         runner = LocalRLMRunner(

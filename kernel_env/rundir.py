@@ -144,7 +144,8 @@ class RunDirectory:
 
     @classmethod
     def _begin(cls, path: Path, settings: dict[str, Any], resume: bool) -> RunDirectory:
-        if (path / "config.json").exists():
+        is_begun = (path / "config.json").exists() and read_config(path)["sessions"] != []
+        if is_begun:
             if not resume:
                 raise ConfigError(
                     f"{str(path)!r} has a run; go on with --resume, or choose another directory"
@@ -155,9 +156,11 @@ class RunDirectory:
                     f"the run {str(path)!r} was begun with other settings:\n  " + "\n  ".join(differences)
                 )
         else:
-            if left := sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK):
+            # Of a run that ended before its first episode, there may be empty files and folders.
+            if left := sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name)):
                 raise ConfigError(f"{str(path)!r} is no run: it has {left[0]!r}; choose another directory")
             run = cls(path, {"schema": SCHEMA, "settings": settings, "sessions": []})
+            run.write_json("config.json", run.config)
         (path / "contexts").mkdir(exist_ok=True)
         episodes = path / "episodes"
         episodes.mkdir(exist_ok=True)
@@ -229,6 +232,11 @@ class RunDirectory:
         with _writing(self.path):
             text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             sidefiles.write_whole(self.path / name, text.encode("utf-8", "backslashreplace"))
+
+
+def _is_ours(name: str) -> bool:
+    own = (_LOCK, "config.json", "contexts", "episodes", "results.jsonl", "summary.json")
+    return name in own or _TEMPORARY.fullmatch(name) is not None
 
 
 @contextmanager

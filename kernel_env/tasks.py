@@ -73,6 +73,9 @@ class Task(BaseModel):
             raise ConfigError(f"task {self.id!r} has a context and a context_file; give one")
         if self.max_iterations is not None:
             check_count(f"task {self.id!r}: max_iterations", self.max_iterations)
+        for name, value in self.metadata.items():
+            if not _is_json(value):
+                raise ConfigError(f"task {self.id!r}: metadata[{name!r}] = {value!r:.100} is no JSON value")
         if unknown := self.limits.keys() - _LIMITS.keys():
             raise ConfigError(f"task {self.id!r}: there is no limit {min(unknown)!r}; see Limits")
         try:
@@ -85,7 +88,8 @@ class Task(BaseModel):
     def limits_over(self, limits: Limits) -> Limits:
         """The limits of this task's episodes in a run with these."""
         own: dict[str, Any] = {
-            name: int(value) if _LIMITS[name] == "int" else value for name, value in self.limits.items()
+            name: int(value) if _LIMITS[name] == "int" and value.is_integer() else value
+            for name, value in self.limits.items()
         }
         return replace(limits, **own)
 
@@ -106,6 +110,14 @@ class Task(BaseModel):
             ) from None
         except ValueError as error:
             raise ConfigError(f"task {self.id!r}: the context {str(self.context_file)!r}: {error}") from None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 class TaskSet:
@@ -192,7 +204,7 @@ class _ReadTasks(TaskSet):
             try:
                 if isinstance(row, ConfigError):
                     raise row
-                task = self._task(row, len(entries), where)
+                task = self._task(row, self._default_id(split, len(entries)), where)
                 if (first := self._seen.setdefault(task.id, where)) != where:
                     raise ConfigError(f"{where}: the id {task.id!r} is also that of {first}")
                 if task.context_file is not None and not task.context_file.is_file():
@@ -203,12 +215,13 @@ class _ReadTasks(TaskSet):
                 self.bad.append(str(error))
                 continue
             entries.append((task.id, key))
-            self._digest.update(
-                f"{task.model_dump(mode='python', exclude={'context'})!r}".encode(errors="replace")
-            )
-            self._digest.update(repr(task.context).encode(errors="replace"))
+            self._digest.update(_digested(task))
 
-    def _task(self, row: Any, number: int, where: str) -> Task:
+    def _default_id(self, split: str, number: int) -> str:
+        """The id of a task that has none."""
+        return f"{self.name}-{number:05}" if split == _SPLIT else f"{self.name}-{split}-{number:05}"
+
+    def _task(self, row: Any, default_id: str, where: str) -> Task:
         if isinstance(row, Task):
             return row
         if not isinstance(row, Mapping):
@@ -225,9 +238,10 @@ class _ReadTasks(TaskSet):
                 "(map others, as expected_answer=label)"
             )
         if isinstance(own := values.get("metadata") or {}, Mapping):  # else it is refused below
-            values["metadata"] = given | dict(own)
+            others = {key: value if _is_json(value) else str(value) for key, value in given.items()}
+            values["metadata"] = others | dict(own)
         values = {name: value for name, value in values.items() if value is not None}
-        values.setdefault("id", f"{self.name}-{number:05}")
+        values.setdefault("id", default_id)
         values["id"] = str(values["id"])
         if self._metric is not None:
             values.setdefault("metric", self._metric)
@@ -264,7 +278,7 @@ class RowTasks(_ReadTasks):
             of splits to such.
         name: of the set, in ids of tasks that have none.
         fields: name of a field of `Task` → name of it in the rows; others are called what they are. With any,
-            what else a row has becomes the task's metadata.
+            what else a row has becomes the task's metadata, as text where it is no JSON value.
         metric: of tasks that name none; default "exact".
         skip_bad: leave out rows that are no task; `bad` says what was wrong with them.
 
@@ -298,7 +312,8 @@ class RowTasks(_ReadTasks):
     def get_task(self, split: str, index: int) -> Task:
         self.check_index(split, index)
         _, number = self._index[split][index]
-        return self._task(self._rows[split][number], index, self._where(split, number))
+        row = self._rows[split][number]
+        return self._task(row, self._default_id(split, index), self._where(split, number))
 
 
 class FileTasks(_ReadTasks):
@@ -385,7 +400,9 @@ class FileTasks(_ReadTasks):
                 row = self._parsed(file.read(length), where)
         except OSError as error:
             raise ConfigError(f"cannot read the tasks {str(self._path)!r}: {error.strerror}") from None
-        task = None if isinstance(row, ConfigError) else self._task(row, index, where)
+        task = (
+            None if isinstance(row, ConfigError) else self._task(row, self._default_id(split, index), where)
+        )
         if task is None or task.id != id:
             raise ConfigError(f"{where} was altered: it had the task {id!r}")
         return task
@@ -395,7 +412,8 @@ def _digested(task: Task) -> bytes:
     """What a task is, for the digest of all: functions by their names."""
     record = task.model_dump(mode="python", exclude={"metric"})
     metric = getattr(task.metric, "__qualname__", repr(task.metric))
-    return f"{record!r} {metric}".encode("utf-8", "backslashreplace")
+    size = task.context_file.stat().st_size if task.context_file is not None else None
+    return f"{record!r} {metric} {size}".encode("utf-8", "backslashreplace")
 
 
 def _decoded(data: bytes) -> str:

@@ -78,6 +78,7 @@ def test_fields_are_mapped_and_failures_end_with_one(tmp_path: Path) -> None:
         (["needle", "--policy", "genius"], "policy 'genius'"),
         (["haystack", "--policy", "oracle"], "no suite and no file 'haystack'"),
         (["needle", "--policy", "oracle", "--model", "m"], "give one of them"),
+        (["needle", "--policy", "oracle", "--max-depth", "3"], "go with --model"),
         (["needle", "--policy", "oracle", "--field", "x"], "give NAME=NAME"),
         (["needle", "--policy", "oracle", "--prices", "x"], "give two numbers"),
         (["needle", "--policy", "oracle", "--run-cost", "1"], "needs prices"),
@@ -137,4 +138,6 @@ def test_two_runs_are_compared_task_by_task(tmp_path: Path) -> None:
         assert words in shown
     compared = json.loads(kernel_env("compare", "b", "a", "--json", cwd=tmp_path).stdout)
     assert (compared["wins"], compared["losses"], compared["difference"]) == (0, 3, -1.0)
+    kernel_env("eval", "needle", *arguments[:2], "--out", "s", *arguments[4:], "--seed", 1, cwd=tmp_path)
+    assert "seed: 0 there, 1 here" in kernel_env("compare", "a", "s", cwd=tmp_path, fails=2).stderr
     assert "is no run" in kernel_env("compare", "a", "c", cwd=tmp_path, fails=2).stderr

@@ -361,6 +361,46 @@ def test_what_cannot_be_written_of_an_episode_is_a_failure_of_it_alone(tmp_path:
     assert [one.error for one in result.results] == [None, "NotebookError", None]
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_whatever_a_policy_raises_is_a_failure_of_its_episode(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    async def policy(env: REPLEnvironment, task: Task) -> None:
+        if task.id == "t0":
+            raise error
+        await submits(env, task)
+
+    result = evaluate(tasks(3), policy, config(tmp_path / "run", at_once=1))
+    assert [one.error for one in result.results] == [error.__name__, None, None]
+
+
+def test_a_run_that_could_not_begin_leaves_a_directory_that_can_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no-such-kernel"):
+        evaluate(tasks(1), submits, config(tmp_path / "run", kernel_name="no-such-kernel"))
+    assert evaluate(tasks(1), submits, config(tmp_path / "run")).reward == 1.0
+
+
+def test_a_failed_metric_s_words_are_not_in_the_run(tmp_path: Path) -> None:
+    source = "def metric(expected, answer):\n    raise ValueError(expected)"
+
+    def metric(expected: str, answer: str) -> float:
+        raise ValueError(expected)
+
+    rows = [
+        Task(id=f"t{n}", context="x", expected_answer="5ecret", metric=m)
+        for n, m in enumerate((source, metric))
+    ]
+    result = evaluate(rows, submits, config(tmp_path / "run"))
+    assert ["ValueError" in str(one.message) for one in result.results] == [True, True]
+    assert not any("5ecret" in f.read_text() for f in (tmp_path / "run").rglob("*") if f.is_file())
+
+
+def test_a_report_that_is_missing_is_made_by_a_resume(tmp_path: Path) -> None:
+    evaluate(tasks(1, expected_answer=7), submits, config(tmp_path / "run"))
+    evaluate(tasks(1, expected_answer=7), submits, config(tmp_path / "run", resume=True, report=True))
+    assert (tmp_path / "run" / "report.ipynb").exists()
+
+
 def test_a_budget_that_ends_before_the_kernel_is_there_is_a_failure(tmp_path: Path) -> None:
     result = evaluate(tasks(2), submits, config(tmp_path / "run", budget=Budget(seconds=1e-6)))
     assert [one.error for one in result.results] == ["TimeoutError", "TimeoutError"]
@@ -384,9 +424,14 @@ def test_budgets_of_episodes_and_of_the_run(tmp_path: Path) -> None:
     result = evaluate("needle", policy, run)
     assert 1 <= len(result.results) < 6
     assert "model_calls" in str(result.stopped_by)
+    same = config(tmp_path / "b", splits=["8k"], num_tasks=6, resume=True, run_budget=Budget(model_calls=5))
+    assert len(evaluate("needle", policy, same).results) == len(result.results)
+    more = config(tmp_path / "b", splits=["8k"], num_tasks=6, resume=True)
+    assert len(evaluate("needle", policy, more).results) == 6
     run = config(tmp_path / "c", splits=["8k"], num_tasks=1, budget=Budget(model_calls=1), prices=(1e6, 0))
     (one,) = evaluate("needle", policy, run).results
     assert one.usage.calls == 1
+    assert "model_calls" in str(one.stopped_by)
     assert one.usage.cost == one.usage.prompt_tokens
 
 
@@ -406,7 +451,12 @@ def test_a_model_works_on_the_tasks(tmp_path: Path) -> None:
     assert (one.children, one.usage.calls, one.steps) == (1, 2, 1)
     assert one.model_seconds > 0
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-    assert settings["policy"] == {"name": "mine", "max_batch_workers": 2, "base_url": None}
+    assert settings["policy"] == {
+        "name": "mine",
+        "max_batch_workers": 2,
+        "base_url": None,
+        "options": {},
+    }
 
 
 def test_a_seeded_run_of_a_model_seeds_its_children_too(tmp_path: Path) -> None:

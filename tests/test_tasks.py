@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ BAD = [
     (json.dumps({**GOOD, "limits": {"speed": 1}}), "no limit 'speed'"),
     (json.dumps({**GOOD, "limits": {"restarts": -1}}), "Limits.restarts = -1"),
     (json.dumps({**GOOD, "metadata": 7}), "metadata"),
+    (json.dumps({**GOOD, "metadata": {"x": float("nan")}}), "metadata['x'] = nan is no JSON value"),
+    (json.dumps({**GOOD, "limits": {"restarts": 1.5}}), "Limits.restarts = 1.5"),
+    (json.dumps({**GOOD, "limits": {"restarts": float("inf")}}), "Limits.restarts = inf"),
     (json.dumps({"id": "b"}), "expected_answer None"),
     (json.dumps({**GOOD, "id": ""}), "id is empty"),
     ('{"id": "b", "context": "\xff"}', "is no JSON"),
@@ -153,19 +157,19 @@ class Lazy(Sequence[Any]):
 def test_rows_of_a_dataset_are_mapped_and_read_again() -> None:
     rows = Lazy([{"q": f"q{n}", "text": "c", "label": n, "year": 1999} for n in range(3)])
     fields = {"task_prompt": "q", "context": "text", "expected_answer": "label"}
-    tasks = RowTasks({"test": rows, "train": []}, name="mine", fields=fields, metric="distance")
+    tasks = RowTasks({"test": rows, "train": rows}, name="mine", fields=fields, metric="distance")
     asked = rows.asked
     task = tasks.get_task("test", 2)
     assert rows.asked == asked + 1
     assert (task.id, task.task_prompt, task.expected_answer, task.metric) == (
-        "mine-00002",
+        "mine-test-00002",
         "q2",
         2,
         "distance",
     )
     assert task.metadata == {"year": 1999}
     assert tasks.list_splits() == ["test", "train"]
-    assert tasks.num_tasks("train") == 0
+    assert tasks.task_id("train", 0) == "mine-train-00000"
     with pytest.raises(ConfigError, match="no split 'dev'; it has test, train"):
         tasks.num_tasks("dev")
     with pytest.raises(ConfigError, match="there is no index 3"):
@@ -192,3 +196,10 @@ def test_what_tasks_are_is_known_by_their_content(tmp_path: Path) -> None:
         FileTasks(jsonl(tmp_path, row)).describe() for row in (GOOD, GOOD, {**GOOD, "expected_answer": "3"})
     ]
     assert described[0] == described[1] != described[2]
+
+    def by(metric: Any) -> dict[str, Any]:
+        return RowTasks([Task(id="a", expected_answer="x", metric=metric)]).describe()
+
+    assert by(lambda expected, answer: 1.0) == by(lambda expected, answer: 2.0)  # known by their names
+    odd = RowTasks([{"label": "x", "when": datetime.date(2026, 1, 2)}], fields={"expected_answer": "label"})
+    assert odd.get_task("all", 0).metadata == {"when": "2026-01-02"}

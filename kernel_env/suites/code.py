@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
 import platform
 import random
@@ -109,7 +110,9 @@ class CodeQuestions(Suite):
         return [split for split, size in SIZES.items() if size <= whole * 1.05]
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"python": platform.python_version()}
+        files = repr([(module.path, module.size) for module in _library()])
+        digest = hashlib.sha256(files.encode("utf-8", "surrogatepass")).hexdigest()
+        return super().describe() | {"python": platform.python_version(), "library": digest}
 
 
 @functools.cache
