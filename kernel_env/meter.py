@@ -121,6 +121,7 @@ class Meter:
         except OSError as error:
             log.warning("what kernel %d uses cannot be read in full: %s", self._pid, error)
         self._cpu_of_waited_for = self._read_cpu_of_waited_for()
+        self._has_others = False
         self.rebase(limits)
 
     def rebase(self, limits: Limits) -> None:
@@ -143,6 +144,8 @@ class Meter:
     def begin(self) -> None:
         """Count from here on."""
         self._started = self._cpu = self._cpu_of_kernel()
+        if self._has_others:  # a short cell may have waited for one, and read nothing
+            self._cpu_of_waited_for = self._read_cpu_of_waited_for()
         self._waited_for_before = self._cpu_of_waited_for
         self._since = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._clocks: dict[int, tuple[float, float]] = {}  # of other processes: at first and at last
@@ -195,6 +198,7 @@ class Meter:
 
     def _look_at_processes(self) -> Breach | None:
         others = self._others()
+        self._has_others = bool(others)
         self._files_count.begin(self._folder.path, (self._pid, *others))
         self._most_processes = max(self._most_processes, 1 + len(others))
         status = self._status()
