@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from kernel_env.config import check_amount
 from kernel_env.errors import BudgetExceeded
 
-__all__ = ["Budget", "ModelUsage", "Spending"]
+__all__ = ["Budget", "ModelUsage", "Spending", "cost_by"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,12 @@ class ModelUsage(BaseModel):
             completion_tokens=self.completion_tokens + other.completion_tokens,
             cost=self.cost + other.cost,
         )
+
+
+def cost_by(prices: tuple[float, float]) -> Callable[[ModelUsage], float]:
+    """What a reply costs, by the prices of a million prompt and completion tokens."""
+    prompt, completion = prices
+    return lambda usage: (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
 
 
 class Spending:

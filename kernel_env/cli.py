@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernel_env import example
-from kernel_env.budget import Budget, ModelUsage
+from kernel_env.budget import Budget, cost_by
 from kernel_env.cli_eval import compare_command, eval_command, prices_of
 from kernel_env.cli_records import export_command, replay_command, show_command
 from kernel_env.errors import ConfigError, KernelEnvError, ResetRequired, SandboxUnavailable
@@ -137,7 +137,7 @@ def run(
                 max_iterations=30 if max_iterations is None else max_iterations,
                 max_depth=max_depth,
                 sub_model=sub_model,
-                cost=_cost(prices),
+                cost=None if prices is None else cost_by(prices_of(prices)),
                 isolation=isolation,
                 kernel_name=kernel,
                 budget=Budget(**{name: value for name, value in given.items() if value is not None}),
@@ -200,13 +200,6 @@ def _work(
         with contextlib.suppress(ResetRequired):  # whatever ended it, Ctrl-C too
             write_notebook(runner.episode, out)
             view.end(runner.episode, out, 0)
-
-
-def _cost(prices: str | None) -> Callable[[ModelUsage], float] | None:
-    if prices is None:
-        return None
-    prompt, completion = prices_of(prices)
-    return lambda usage: (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
 
 
 def _job(context: str | None, task: str | None, expected: str | None, script: Path | None) -> Job:

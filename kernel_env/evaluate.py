@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kernel_env import portal, report
-from kernel_env.budget import Budget, ModelUsage
+from kernel_env.budget import Budget, ModelUsage, Spending, cost_by
 from kernel_env.config import Limits, check_count, from_env
 from kernel_env.environment import REPLEnvironment
 from kernel_env.episode import Episode
-from kernel_env.errors import ConfigError, KernelEnvError, NotebookError
+from kernel_env.errors import BudgetExceeded, ConfigError, KernelEnvError, NotebookError
 from kernel_env.grading import Grader
 from kernel_env.notebook import write_notebook
 from kernel_env.policies import find_policy
@@ -26,7 +26,8 @@ from kernel_env.rundir import Result, RunDirectory
 from kernel_env.suites import SUITES
 from kernel_env.summary import summarise
 from kernel_env.tasks import Task, TaskSet, load_tasks
-from kernel_env.trial import Trial, seed_of, slug
+from kernel_env.tree import derived_seed
+from kernel_env.trial import Trial, slug
 
 __all__ = ["EvalConfig", "Evaluation", "RunResult", "evaluate"]
 
@@ -86,11 +87,6 @@ class EvalConfig:
             raise ConfigError("a budget of cost needs prices")
         if self.report:
             report.check_report()
-
-    def cost(self, usage: ModelUsage) -> float:
-        """What a reply costs."""
-        prompt, completion = self.prices or (0.0, 0.0)
-        return (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
 
 
 @dataclass
@@ -180,6 +176,7 @@ class Evaluation:
         self._sets = [_find_tasks(each, config.seed) for each in (tasks if is_several else [tasks])]
         self._on_result = on_result
         self._stopped_by: str | None = None
+        self._spending = Spending(config.run_budget, None)
         self._places = list(self._all_places())
         self._check_kernels()
         self.tally = Tally(total=len(self._places))
@@ -187,12 +184,9 @@ class Evaluation:
     def _all_places(self) -> Iterator[_Place]:
         seen: dict[str, str] = {}
         for tasks in self._sets:
-            is_suite = type(tasks) in SUITES.values()
-            splits = [*self.config.splits] or [s for s in tasks.list_splits() if not is_suite or s in _SMALL]
-            for split in splits:
-                count = tasks.num_tasks(split)
-                default = 2 * len(getattr(tasks, "kinds", ())) or count
-                for index in range(min(count, self.config.num_tasks or default)):
+            for split in self.config.splits or tasks.usual_splits():
+                count = min(tasks.num_tasks(split), self.config.num_tasks or tasks.usual_number(split))
+                for index in range(count):
                     id = tasks.task_id(split, index)
                     where = f"{tasks.name}, split {split!r}, index {index}"
                     if id in seen:
@@ -317,18 +311,11 @@ class Evaluation:
             )
 
     def _is_spent(self) -> bool:
-        usage, bounds = self.tally.usage, self.config.run_budget
-        used = {
-            "tokens": usage.prompt_tokens + usage.completion_tokens,
-            "cost": usage.cost,
-            "seconds": time.monotonic() - self.tally.began,
-            "model_calls": usage.calls,
-        }
-        for name, amount in used.items():
-            if amount >= getattr(bounds, name):
-                self._stopped_by = (
-                    f"the budget of the run is used up: {name} {amount:,.6g} of {getattr(bounds, name):,.6g}"
-                )
+        self._spending.total = self.tally.usage
+        try:
+            self._spending.check()
+        except BudgetExceeded as breach:
+            self._stopped_by = str(breach)
         return self._stopped_by is not None
 
     async def _episode(self, folder: Path, place: _Place, isolation: str) -> Result:
@@ -339,7 +326,7 @@ class Evaluation:
             "sample": place.sample,
             "tasks": place.tasks.name,
             "split": place.split,
-            "seed": seed_of(self.config.seed, place.id, place.sample),
+            "seed": derived_seed(self.config.seed, place.sample, place.id),
             "started": started,
         }
         trial = None
@@ -350,7 +337,7 @@ class Evaluation:
             trial = self._trial(task, context, place.sample, facts["seed"], isolation)
             await self._play(trial)
             facts["reward"] = await trial.score()
-        except BaseException as error:
+        except BaseException as error:  # the policy's, whatever it is, but for a cancellation from outside
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
@@ -372,7 +359,7 @@ class Evaluation:
             limits=task.limits_over(config.limits),
             grader=Grader(task, **options),
             budget=config.budget,
-            cost=config.cost if config.prices else None,
+            cost=cost_by(config.prices) if config.prices else None,
             options=options,
         )
 
@@ -405,9 +392,6 @@ class Evaluation:
         return RunResult(directory.path, results, summary, self._stopped_by)
 
 
-_SMALL = ("8k", "32k", "128k")
-
-
 def evaluate(tasks: Any, policy: Any, config: EvalConfig) -> RunResult:
     """Run every task in episodes of its own and put them on record; see `Evaluation`, also for async callers.
 
@@ -431,4 +415,4 @@ def _finite(bounds: Limits | Budget) -> dict[str, float | None]:
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    return {"error": type(error).__name__, "message": f"{error}"[:2000]}
+    return {"reward": None, "error": type(error).__name__, "message": f"{error}"[:2000]}

@@ -62,7 +62,7 @@ class Grader(Rubric):
         function = metric if callable(metric) else METRICS[metric].score
         try:
             score = await as_async(function)(expected, answer)
-        except Exception as error:
+        except Exception as error:  # the user's, whatever it is; its words are kept out of the run
             raise self._raised(type(error).__name__, error) from error
         if not isinstance(score, Real) or not math.isfinite(score):
             raise RubricError(
@@ -92,6 +92,6 @@ class Grader(Rubric):
             score = math.nan
         if not math.isfinite(score):
             raise RubricError(
-                f"the metric of task {self._task.id!r} returned no such number; a reward is a finite number"
+                f"the metric of task {self._task.id!r} returned something else; a reward is a finite number"
             )
         return score

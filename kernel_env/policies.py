@@ -147,8 +147,7 @@ class ChunkAndAsk(Policy):
 
     async def play(self, trial: Trial) -> None:
         reference, asked = trial.task.reference, Counter[str]()
-        read = reference.reader if reference is not None and reference.reader is not None else _read
-        known = reference is not None and reference.reader is not None
+        read = _read if reference is None else reference.reader
 
         async def model(prompt: str) -> str:
             asked[prompt] += 1
@@ -173,7 +172,7 @@ class ChunkAndAsk(Policy):
 
         words = set(trial.task.task_prompt.split())
         generic = code_of(_TEXT + _CHUNKED, question=trial.task.task_prompt, words=words)
-        code = reference.chunked if reference is not None and known else generic
+        code = generic if reference is None else reference.chunked
         async with trial.environment(llm_query_fn=model) as env:
             await env.step_async(REPLAction(code=code))
 

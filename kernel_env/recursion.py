@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import hashlib
 import json
 import logging
 import time
@@ -27,7 +26,16 @@ from kernel_env.prompts import (
     format_observations,
 )
 from kernel_env.syntax import parse
-from kernel_env.tree import ChildTrace, Environment, Progress, RLMRunResult, RunConfig, Tree, Work
+from kernel_env.tree import (
+    ChildTrace,
+    Environment,
+    Progress,
+    RLMRunResult,
+    RunConfig,
+    Tree,
+    Work,
+    derived_seed,
+)
 from kernel_env.types import REPLAction, REPLObservation
 
 __all__ = ["Run"]
@@ -274,7 +282,9 @@ class Run:
             try:
                 async with asyncio.timeout(config.per_child_timeout_s):
                     given = prompt if context is None else context
-                    result = await run.go(given, prompt, seed=_derived(self._seed, prompt))
+                    # By its prompt: the order of the children of a batch is anybody's guess.
+                    seed = None if self._seed is None else derived_seed(self._seed, prompt)
+                    result = await run.go(given, prompt, seed=seed)
                 if result.final_answer is None:
                     raise HelperError("rlm_query: the child gave no answer")
                 answer = result.final_answer
@@ -295,14 +305,6 @@ class Run:
             return answer
         note_to_cell(f"An answer of a child was cut to result_truncation_limit = {limit} characters.")
         return answer[:limit]
-
-
-def _derived(seed: int | None, prompt: str) -> int | None:
-    """A child's seed: by its prompt, as the order of the children of a batch is anybody's guess."""
-    if seed is None:
-        return None
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass"))
-    return int.from_bytes(digest.digest()[:6], "big")
 
 
 def _tell(callback: Callable[..., Any] | None, *arguments: Any) -> None:

@@ -9,6 +9,7 @@ summary.json, report.ipynb
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -132,9 +133,9 @@ class RunDirectory:
                 raise ConfigError(
                     f"the run {str(path)!r} is being worked on by process {holder}; wait for it, or end it"
                 ) from None
-            os.truncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
             with _writing(path):
+                os.truncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
                 run = cls._begin(path, settings, resume)
             yield run
         finally:
@@ -144,13 +145,13 @@ class RunDirectory:
 
     @classmethod
     def _begin(cls, path: Path, settings: dict[str, Any], resume: bool) -> RunDirectory:
-        is_begun = (path / "config.json").exists() and read_config(path)["sessions"] != []
-        if is_begun:
+        config = read_config(path) if (path / "config.json").exists() else None
+        if config is not None and config["sessions"]:
             if not resume:
                 raise ConfigError(
                     f"{str(path)!r} has a run; go on with --resume, or choose another directory"
                 )
-            run = cls(path, read_config(path))
+            run = cls(path, config)
             if differences := describe_differences(run.config["settings"], settings):
                 raise ConfigError(
                     f"the run {str(path)!r} was begun with other settings:\n  " + "\n  ".join(differences)
@@ -217,7 +218,7 @@ class RunDirectory:
         with _writing(self.path):
             try:
                 if os.write(self._file, data) < len(data):
-                    raise OSError(28, "No space left on device")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 os.ftruncate(self._file, size)
                 raise

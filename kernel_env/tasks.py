@@ -33,9 +33,9 @@ class Reference:
 
     solution: str
     """Code that submits the answer, from `context` alone."""
-    chunked: str = ""
+    chunked: str
     """Code that does so from what `llm_query_batched` says of parts of the context."""
-    reader: Callable[[str, Callable[[], bool]], str] | None = None
+    reader: Callable[[str, Callable[[], bool]], str]
     """Stands in for a model that is asked so: `(prompt, errs)` → reply, wrong where `errs()` is true."""
 
 
@@ -158,6 +158,14 @@ class TaskSet:
         wanted = range(self.num_tasks(split))[start:stop]
         return [self.get_task(split, index) for index in wanted]
 
+    def usual_splits(self) -> list[str]:
+        """The splits that are run where none is named."""
+        return self.list_splits()
+
+    def usual_number(self, split: str) -> int:
+        """How many tasks of a split are run where no number is given."""
+        return self.num_tasks(split)
+
     def describe(self) -> dict[str, Any]:
         """What makes these tasks what they are, in JSON types: a run goes on only with the same."""
         raise NotImplementedError
@@ -187,9 +195,7 @@ class _ReadTasks(TaskSet):
         self._base = base
         self._fields: Mapping[str, str] = options["fields"] or {}
         if unknown := self._fields.keys() - Task.model_fields.keys():
-            raise ConfigError(
-                f"fields: a task has no {min(unknown)!r}; it has {', '.join(Task.model_fields)}"
-            )
+            raise ConfigError(f"fields: a task has no {min(unknown)!r}; it has {_FIELDS}")
         self._metric: str | None = options["metric"]
         self._skip_bad: bool = options["skip_bad"]
         self._index: dict[str, list[tuple[str, Any]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,7 +20,16 @@ from kernel_env.errors import ConfigError
 from kernel_env.helpers import Adapted
 from kernel_env.types import REPLAction, REPLObservation
 
-__all__ = ["ChildTrace", "Environment", "Progress", "RLMRunResult", "RunConfig", "Tree", "Work"]
+__all__ = [
+    "ChildTrace",
+    "Environment",
+    "Progress",
+    "RLMRunResult",
+    "RunConfig",
+    "Tree",
+    "Work",
+    "derived_seed",
+]
 
 
 class Environment(Protocol):
@@ -123,6 +133,12 @@ class Progress:
         """The run is over; returns the seconds it took."""
         self.seconds, self.error = time.monotonic() - self.began, error
         return self.seconds
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed made of others and of texts, of 48 bits: JavaScript keeps it."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big")
 
 
 class Tree:

@@ -18,7 +18,7 @@ from kernel_env.errors import ConfigError
 from kernel_env.grading import Grader
 from kernel_env.tasks import Task
 
-__all__ = ["Trial", "seed_of", "slug"]
+__all__ = ["Trial", "slug"]
 
 _ANSWER = 4096  # characters of an answer in the results
 
@@ -98,12 +98,6 @@ class Trial:
             "model_seconds": max(episode.total_execution_time - active, 0.0) + self.model_seconds,
             "usage": episode.total_usage,
         }
-
-
-def seed_of(seed: int, id: str, sample: int) -> int:
-    """The seed of an episode of a run with this seed."""
-    digest = hashlib.sha256(f"{seed}:{sample}:{id}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big")
 
 
 def slug(id: str) -> str:

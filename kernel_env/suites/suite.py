@@ -72,6 +72,12 @@ class Suite(TaskSet):
         self.check_split(split)
         return _TASKS
 
+    def usual_splits(self) -> list[str]:
+        return [split for split in self.list_splits() if SIZES[split] <= SIZES["128k"]]
+
+    def usual_number(self, split: str) -> int:
+        return 2 * len(self.kinds)
+
     def task_id(self, split: str, index: int) -> str:
         return f"{self.name}-{split}-{index:03}"
 
