@@ -326,7 +326,8 @@ def test_an_interrupted_print_loop_loses_nothing(start: StartEnv) -> None:
     env = start(max_output_length=10**8)
     for head in ("", "await asyncio.sleep(0)\n"):
         for n in range(20):
-            code = f"import asyncio\n{head}n = 0\nwhile True: n += 1; print(n, end=' ')"
+            env.execute("import asyncio; n = 0")
+            code = f"{head}while True: n += 1; print(n, end=' ')"
             observation = env.execute(code, timeout_s=0.05 + n / 1000).observation
             assert (observation.status, observation.restarted) == ("timeout", False)
             printed = int(env.get_variable("n").observation.result.stdout)
