@@ -33,6 +33,7 @@ from kernel_env.calls import Cell, Helper, HelperFailure
 from kernel_env.config import Limits
 from kernel_env.episode import Context, HelperCall
 from kernel_env.errors import HelperError
+from kernel_env.refusals import Refusals
 
 __all__ = ["Bridge"]
 
@@ -73,7 +74,7 @@ class Bridge:
         self.connections: set[_Connection] = set()
         self.buffered = 0
         """Bytes of frames that have not come in whole."""
-        self.refused = 0
+        self.refusals = Refusals()
         """Connections, frames and requests that were turned away, calls of ended cells among them."""
         self._server: asyncio.Server | None = None
         self.is_closed = False
@@ -120,9 +121,13 @@ class Bridge:
         """
         cell = self._cell
         if cell is None or request.get("cell") != cell.id:
-            self.refused += 1
-            raise HelperError("refused: its cell has ended, or it was started by no cell of this episode")
+            raise self.refuse("its cell has ended, or it was started by no cell of this episode")
         return cell
+
+    def refuse(self, why: str) -> HelperError:
+        """Count what the kernel has no right to; returns the error to reply with."""
+        self.refusals.add(f"a request on the helper channel: {why}")
+        return HelperError(f"refused: {why}")
 
     async def call(self, request: dict[str, Any]) -> bytes:
         """Serve a helper call and record it; returns the encoded reply."""
@@ -206,8 +211,7 @@ class Bridge:
                     fd, description = self.context_piece(request)
                     reply = _encode({"ok": description})
                 case _:
-                    self.refused += 1
-                    raise HelperError("refused: unknown request")
+                    raise self.refuse("unknown request")
         except HelperError as error:
             reply = _encode({"error": str(error)})
         except asyncio.CancelledError:
@@ -225,13 +229,11 @@ class Bridge:
         """
         start, text = request.get("start"), self._context.text
         if not isinstance(start, int) or not 0 <= start <= len(text):
-            self.refused += 1
-            raise HelperError("refused: the context has no such place")
+            raise self.refuse("the context has no such place")
         end, size = min(start + _CONTEXT_PIECE, len(text)), 0
         self._handed_out += end - start
         if self._handed_out > _CONTEXTS * len(text) + _CONTEXT_PIECE:
-            self.refused += 1
-            raise HelperError("refused: the kernel has had the context too often")
+            raise self.refuse("the kernel has had the context too often")
         if self._memfd is None:
             self._memfd = os.memfd_create("context", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self._memfd, 4 * min(_CONTEXT_PIECE, len(text)))
@@ -280,17 +282,19 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
             return
         if len(self._bridge.connections) >= self._bridge.most_connections:
-            self._bridge.refused += 1
-            most = self._bridge.most_connections
-            self.reply(_encode({"error": f"refused: more than {most} threads hold a connection"}), None)
+            error = self._bridge.refuse(
+                f"more than {self._bridge.most_connections} threads hold a connection"
+            )
+            self.reply(_encode({"error": str(error)}), None)
             self._transport.close()
             return
         self._bridge.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._bridge.connections.discard(self)
-        self._bridge.buffered -= len(self._buffer)
-        self._buffer.clear()
+        if self._buffer and not self._bridge.is_closed:
+            self._bridge.refusals.add(f"a frame that broke off after {len(self._buffer)} bytes")
+        self._drop_buffer()
         if self._task is not None:
             self._task.cancel()
 
@@ -311,9 +315,13 @@ class _Connection(asyncio.Protocol):
         if fault is None and self._bridge.buffered > 2 * self._bridge.largest_frame:
             fault = f"{self._bridge.buffered} bytes of unfinished frames"
         if fault is not None:
-            self._bridge.refused += 1
-            log.warning("helper channel: %s; the connection is dropped", fault)
+            self._bridge.refusals.add(f"{fault} on the helper channel; the connection is dropped")
+            self._drop_buffer()
             self.abort()
+
+    def _drop_buffer(self) -> None:
+        self._bridge.buffered -= len(self._buffer)
+        self._buffer.clear()
 
     def _take_frames(self) -> str | None:
         """Serve the frames that are there; returns what is wrong with one."""

@@ -285,7 +285,7 @@ class LiveKernel:
 
     @property
     def _refused(self) -> int:
-        return self.process.broken + self._bridge.refused
+        return self.process.refusals.count + self._bridge.refusals.count
 
     def _finish(self, running: Running) -> None:
         self._bridge.end(running.cell)

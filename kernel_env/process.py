@@ -26,6 +26,7 @@ from kernel_env.folder import KernelFolder, give_to_owner
 from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
 from kernel_env.portal import run_in_thread
 from kernel_env.provisioners import templates
+from kernel_env.refusals import Refusals
 from kernel_env.types import Isolation
 from kernel_env.wire import Wire
 
@@ -81,7 +82,7 @@ class KernelProcess:
         """Messages that came in, broken ones included."""
         self.bytes_out = 0
         """Bytes of the messages that it published."""
-        self.broken = 0
+        self.refusals = Refusals()
         """Messages that were none, or too large to be read."""
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
@@ -199,8 +200,7 @@ class KernelProcess:
             self._on_message(channel, self.wire.unpack(frames))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # Passed on, it would leave the messages behind it unread until the next one comes.
-            self.broken += 1
-            log.warning("kernel %d sent a broken message on %s: %s", self.pid, channel, error)
+            self.refusals.add(f"kernel {self.pid} sent a broken message on {channel}: {error}")
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)

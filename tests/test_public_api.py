@@ -26,7 +26,7 @@ LAYERS = [
     {"budget", "reading"},
     {"episode"},
     {"schema"},
-    {"outputs", "answer", "portal", "folder", "wire"},
+    {"outputs", "answer", "portal", "folder", "wire", "refusals"},
     {"calls", "workdir", "meter"},
     {"bridge"},
     {"execution", "install"},

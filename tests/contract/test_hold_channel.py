@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -41,25 +42,70 @@ ATTACKS = {
 }
 
 
+NOT_TAKEN = "1 malformed or unauthorised messages from the kernel were not taken."
+
+
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_on_the_helper_channel_is_counted_and_survived(start: StartEnv, name: str) -> None:
+def test_an_attack_on_the_helper_channel_is_counted_logged_and_survived(
+    start: StartEnv, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     env = start(llm_query_fn=str.upper)
     env.execute(CHANNEL)
-    observation = env.execute(f"cell = guest.bridge.current_cell()\nprint({ATTACKS[name]})").observation
+    with caplog.at_level("WARNING", "kernel_env"):
+        observation = env.execute(f"cell = guest.bridge.current_cell()\nprint({ATTACKS[name]})").observation
     assert observation.status == "ok"
     assert not observation.done
     reply = observation.result.stdout
     assert reply.startswith(("b''", "b'ConnectionResetError", "b'BrokenPipeError")) or "refused" in reply
-    assert "1 malformed or unauthorised messages from the kernel were not taken." in observation.result.stderr
+    assert NOT_TAKEN in observation.result.stderr
+    assert caplog.text.count("not taken: ") == 1
     assert env.execute("llm_query('on')").observation.result.stdout == "'ON'\n"
 
 
-def test_a_truncated_frame_costs_nothing(start: StartEnv) -> None:
+def test_a_truncated_frame_is_counted_logged_and_survived(
+    start: StartEnv, caplog: pytest.LogCaptureFixture
+) -> None:
     env = start(llm_query_fn=str.upper)
-    code = "s = socket.socket(socket.AF_UNIX); s.connect(path); s.sendall(HELLO + call()[:-3]); s.close()"
+    # The host closes its end once it has seen that of the kernel.
+    code = (
+        "s = socket.socket(socket.AF_UNIX); s.connect(path); s.sendall(HELLO + call()[:-3])\n"
+        "s.shutdown(socket.SHUT_WR); s.recv(1)"
+    )
     env.execute(CHANNEL)
-    assert env.execute(code).observation.status == "ok"
+    with caplog.at_level("WARNING", "kernel_env"):
+        observation = env.execute(code).observation
+    assert observation.status == "ok"
+    assert NOT_TAKEN in observation.result.stderr
+    assert "not taken: a frame that broke off after" in caplog.text
     assert env.execute("llm_query('on')").observation.result.stdout == "'ON'\n"
+
+
+def test_endless_attacks_are_counted_and_do_not_fill_the_log(
+    start: StartEnv, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = start(llm_query_fn=str.upper)
+    env.execute(CHANNEL)
+    with caplog.at_level("WARNING", "kernel_env"):
+        observation = env.execute(f"for _ in range(300): {ATTACKS['an unknown op']}").observation
+    assert "300 malformed or unauthorised messages from the kernel" in observation.result.stderr
+    assert caplog.text.count("not taken: ") == 20
+    assert "what follows is counted and not logged" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["reset", "death"])
+def test_the_token_of_an_earlier_kernel_is_worth_nothing(start: StartEnv, end: str) -> None:
+    env = start(llm_query_fn=str.upper)
+    env.execute(CHANNEL)
+    token = env.execute("print(token)").observation.result.stdout.strip()
+    env.reset() if end == "reset" else env.execute("os._exit(0)")
+    env.execute(CHANNEL)
+    observation = env.execute(
+        f"HELLO = frame(json.dumps({{'token': {token!r}}}).encode())\n"
+        "cell = guest.bridge.current_cell()\nprint(token == 'x', talk(HELLO, request('submit', text='x')))"
+    ).observation
+    assert not observation.done
+    assert NOT_TAKEN in observation.result.stderr
+    assert env.execute("token").observation.result.stdout != f"{token!r}\n"
 
 
 def test_a_request_beside_a_cell_does_not_take_its_children(start: StartEnv) -> None:
@@ -98,8 +144,11 @@ print(said)
 """
     observation = env.execute(code).observation
     assert observation.result.stdout == "True ON\n['refused: more than 257 threads hold a connection']\n"
+    refused = re.search(r"([0-9]+) malformed or unauthorised messages", observation.result.stderr)
+    assert refused is not None
+    assert 10_000 - 257 <= int(refused[1]) <= 10_001
     assert len(os.listdir("/proc/self/fd")) < before + 300
     assert env.execute("for s in held: s.close()\nllm_query('on')").observation.result.stdout == "'ON'\n"
-    assert env.execute("thread = threading.Thread(target=ask); thread.start(); thread.join(); said[-1]")
+    env.execute("thread = threading.Thread(target=ask); thread.start(); thread.join()")
     assert env.execute("said[-1]").observation.result.stdout == "'X'\n"
     assert len(os.listdir("/proc/self/fd")) <= before + 2
