@@ -232,27 +232,32 @@ def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output
                 output["execution_count"] = count if isinstance(count, int) and 0 <= count < 2**31 else None
             return output
         case "error":
-            return {
-                "output_type": "error",
-                "ename": clip(str(content.get("ename", "")), limit),
-                "evalue": clip(str(content.get("evalue", "")), limit),
-                "traceback": [clip(str(line), limit) for line in content.get("traceback") or []],
-            }
+            ename = clip(str(content.get("ename", "")), limit // 4)
+            evalue = clip(str(content.get("evalue", "")), limit // 4)
+            lines = [str(line) for line in content.get("traceback") or []]
+            room = max(limit - len(ename) - len(evalue), 0)
+            if sum(map(len, lines)) > room:
+                lines = [clip("\n".join(lines), room)]
+            return {"output_type": "error", "ename": ename, "evalue": evalue, "traceback": lines}
     return None
 
 
 def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The text of `data`, cut, and what else finds room beside it; what does not is named in the text."""
     kept: dict[str, Any] = {}
-    for mime, raw in data.items():
+    notes = []
+    for mime, raw in sorted(data.items(), key=lambda item: item[0] != "text/plain"):
         value = _valid_data(mime, raw)
+        if mime == "text/plain":
+            value = clip(str(value), limit)
         size = len(value) if isinstance(value, str) else len(repr(value))
-        if size <= limit:
+        if size <= limit or mime == "text/plain":
             kept[mime] = value
-        elif mime == "text/plain":
-            kept[mime] = clip(str(value), limit)
-        else:
-            # Half an image or half a page is worth nothing: say that it was there.
-            kept.setdefault("text/plain", f"<{mime} of {size} chars, over Limits.cell_output, not kept>")
+            limit -= size
+        else:  # half an image or half a page is worth nothing
+            notes.append(f"<{mime} of {size} chars, over Limits.cell_output, not kept>")
+    if notes:
+        kept["text/plain"] = "\n".join([*filter(None, [kept.get("text/plain")]), *notes])
     return kept
 
 

@@ -59,7 +59,7 @@ def test_past_the_limit_the_first_and_the_latest_are_kept() -> None:
 def test_an_output_that_is_too_large_says_so() -> None:
     message = ("display_data", {"data": {"image/png": "x" * 5000, "text/plain": "p"}, "metadata": {}})
     (output,) = collect(message, limit=1000)
-    assert output["data"] == {"text/plain": "p"}
+    assert output["data"] == {"text/plain": "p\n<image/png of 5000 chars, over Limits.cell_output, not kept>"}
     (output,) = collect(("display_data", {"data": {"image/png": "x" * 5000}, "metadata": {}}), limit=1000)
     assert output["data"] == {"text/plain": "<image/png of 5000 chars, over Limits.cell_output, not kept>"}
 

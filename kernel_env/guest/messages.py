@@ -67,10 +67,17 @@ def shortened(content: Any, limit: int) -> Any:
         return value[:half] + marker + value[len(value) - half :]
 
     cut = {key: short(value, "") for key, value in content.items()}
+    lines = content.get("traceback")
+    if isinstance(lines, list) and sum(len(line) for line in lines if isinstance(line, str)) > limit:
+        cut["traceback"] = [short("\n".join(map(str, lines)), "")]
     if isinstance(content.get("data"), dict):
         data = {mime: short(value, mime) for mime, value in content["data"].items()}
-        gone = sorted(mime for mime, value in data.items() if value is None)
         cut["data"] = {mime: value for mime, value in data.items() if value is not None}
-        if gone and "text/plain" not in cut["data"]:
-            cut["data"]["text/plain"] = f"<{', '.join(gone)}: too large to be kept>"
+        notes = [
+            f"<{mime} of {len(content['data'][mime])} chars, over Limits.cell_output, not kept>"
+            for mime, value in data.items()
+            if value is None
+        ]
+        if notes:
+            cut["data"]["text/plain"] = "\n".join([*filter(None, [cut["data"].get("text/plain")]), *notes])
     return {**cut, "dropped": dropped} if dropped else cut

@@ -106,6 +106,79 @@ def test_a_reset_namespace_keeps_helpers_and_context(start: StartEnv) -> None:
         assert env.execute("gone").observation.status == "error"
 
 
+TEXTS_OF_THEIR_OWN = {
+    "spins": "while True: pass",
+    "sleeps": "import time; time.sleep(600)",
+    "exits": "raise SystemExit",
+    "fails": "raise ZeroDivisionError",
+    "is no text": "return 5",
+    "prints": "print('IN TEXT'); return 'p'",
+    "is of 1 GB": "return 'x' * 10**9",
+}
+USES = {
+    "a result": "bad",
+    "a display": "display(bad)",
+    "a print": "print(bad)",
+    "an exception": "raise Failure(bad)",
+    "an answer": "FINAL(bad)",
+    "a ready answer": "answer = {'content': bad, 'ready': True}",
+}
+BAD = """
+class Bad:
+    def __repr__(self):
+        {}
+    __str__ = __repr__
+class Failure(Exception):
+    def __str__(self): return str(self.args[0])
+bad, kept = Bad(), 1
+"""
+
+
+@pytest.mark.parametrize("name", TEXTS_OF_THEIR_OWN)
+def test_a_value_s_text_may_do_what_it_likes_wherever_it_is_shown(start: StartEnv, name: str) -> None:
+    env = start(
+        {"context": "ctx"},
+        llm_query_fn=str.upper,
+        limits=Limits(cell_active=2 if name in ("spins", "sleeps") else 30, interrupt_grace=1, restarts=100),
+    )
+    for use, code in USES.items():
+        env.execute(BAD.format(TEXTS_OF_THEIR_OWN[name]))
+        observation = env.execute(code).observation
+        assert observation.status in ("ok", "error", "timeout"), use
+        assert observation.result.execution_time < 20, use
+        assert sum(len(str(output)) for output in observation.outputs) < 5 * 2**20, use
+        if observation.done:
+            assert (name, observation.final_answer) == ("prints", "p"), use
+            env.reset(context="ctx", max_iterations=10**6)
+        elif observation.restarted:
+            assert name in ("spins", "sleeps", "is of 1 GB"), use
+            assert {"bad", "kept"} <= set(observation.lost_variables), use
+        else:
+            assert env.execute("print(kept)").observation.result.stdout == "1\n", use
+        assert_whole(env)
+
+
+def test_a_variable_whose_text_hangs_is_bounded_as_a_cell_is(start: StartEnv) -> None:
+    env = start(limits=Limits(cell_active=1, interrupt_grace=10))
+    env.execute(BAD.format(TEXTS_OF_THEIR_OWN["spins"]))
+    observation = env.get_variable("bad").observation
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert env.get_variable("kept").observation.result.stdout == "1\n"
+
+
+def test_recursion_without_a_limit_ends_the_cell_or_the_kernel_and_says_so(start: StartEnv) -> None:
+    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+    env.execute("kept = 1")
+    endless = "class C:\n    def __repr__(self): return repr([self])\nrepr(C())"
+    observation = env.execute(f"import sys; sys.setrecursionlimit(10**9)\n{endless}").observation
+    if observation.restarted:
+        assert observation.result.exception == "KernelDied: the kernel was killed by SIGSEGV"
+        assert observation.lost_variables == ["kept"]
+    else:
+        assert observation.status == "error"
+    assert_whole(env)
+
+
 def test_a_repr_that_hangs_costs_its_snapshot_a_second(start: StartEnv) -> None:
     env = start()
     observation = env.execute(cell(KEPT["repr spins"])).observation

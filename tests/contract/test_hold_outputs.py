@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from kernel_env import Limits, REPLAction, REPLEnvironment
+from kernel_env import Limits, REPLAction, REPLEnvironment, REPLObservation
 from kernel_env.outputs import without_colours
 
 from .conftest import Kind, StartEnv
@@ -33,6 +33,18 @@ class SlowReader:
         if not self.has_slept:
             self.has_slept = True
             time.sleep(2)
+
+
+def size(output: dict[str, Any]) -> int:
+    """Characters of an output's own."""
+    values = [output.get(field, "") for field in ("text", "ename", "evalue")] + output.get("traceback", [])
+    return sum(map(len, [*values, *map(str, output.get("data", {}).values())]))
+
+
+def marks(observation: REPLObservation) -> str:
+    """What an observation says, wherever it says it, without what is long of it."""
+    texts = [*map(str, observation.outputs), observation.result.stdout, observation.result.stderr]
+    return re.sub(r"(.)\1{20,}", r"\1", "\n".join(texts))
 
 
 @contextmanager
@@ -109,7 +121,6 @@ def test_a_flood_stays_within_the_limits_and_is_marked(start: StartEnv, name: st
         "from IPython.display import HTML\nHTML('é' * 50_000_000)",
         "for _ in range(60): display({'image/png': 'x' * 10**6}, raw=True)",
         "raise ExceptionGroup('e' * 10**7, [ValueError('f' * 10**7)] * 3)",
-        "x = 'n' * 10**8\n%whos",
         "{n: 'v' * 10**6 for n in range(100)}",
     ],
 )
@@ -119,7 +130,10 @@ def test_an_output_that_is_too_large_is_cut_and_says_so(start: StartEnv, code: s
         observation = env.execute(code).observation
     assert observation.status in ("ok", "error")
     assert grown[0] < 150
-    assert sum(len(str(o)) for o in observation.outputs) < 12 * MB
+    assert sum(map(size, observation.outputs)) <= 4 * MB + 1000  # the marks come on top
+    assert re.search(
+        "over Limits.cell_output, not kept|truncated, total|of [0-9]+ more outputs", marks(observation)
+    )
     assert env.execute("print('w' * 5000)").observation.result.stdout == "w" * 5000 + "\n"
 
 
@@ -142,6 +156,9 @@ def test_endless_output_stays_within_the_limits(start: StartEnv, code: str) -> N
         observation = env.execute(code, timeout_s=2).observation
     assert observation.status == "timeout"
     assert grown[0] < 100
+    assert sum(map(size, observation.outputs)) <= MB + 1000
+    if "h.update" not in code and "clear_output" not in code:  # of these the last one stands for all
+        assert re.search("over Limits.cell_output|truncated, ", marks(observation))
     assert env.execute("print('w' * 5000)").observation.result.stdout == "w" * 5000 + "\n"
 
 
@@ -157,14 +174,21 @@ for h in hs: h.update({'text/plain': 'u' * 300_000}, raw=True)
 
 
 def test_streams_come_in_messages_of_at_most_a_megabyte(start: StartEnv) -> None:
-    sizes = []
+    sizes: list[int] = []
     env = start(
         on_output=lambda output: sizes.append(len(output["text"].encode())),
         limits=Limits(cell_output=32 * MB),
     )
-    env.execute("print('\\U0001f600' * 2_000_000, end='')")
-    assert sum(sizes) == 8_000_000
-    assert max(sizes) <= MB
+    for code in (
+        "print('\\U0001f600' * 2_000_000, end='')",
+        "import sys; _ = sys.stderr.write('\\U0001f600' * 2_000_000)",
+        "import os\nfor _ in range(8): os.write(1, b'x' * 1_000_000)",
+        "import subprocess\n_ = subprocess.run('yes | head -c 8000000', shell=True)",
+    ):
+        sizes.clear()
+        env.execute(code)
+        assert sum(sizes) == 8_000_000, code
+        assert max(sizes) <= MB, code
 
 
 def test_what_a_killed_kernel_held_back_is_said_to_be_missing(start: StartEnv) -> None:
