@@ -139,13 +139,16 @@ def test_a_value_s_text_may_do_what_it_likes_wherever_it_is_shown(start: StartEn
     env = start(
         {"context": "ctx"},
         llm_query_fn=str.upper,
-        limits=Limits(cell_active=2 if name in ("spins", "sleeps") else 30, interrupt_grace=1, restarts=100),
+        limits=Limits(cell_active=2 if name in ("spins", "sleeps") else 15, interrupt_grace=1, restarts=100),
     )
+    is_large = name == "is of 1 GB"  # which takes seconds each time
     for use, code in USES.items():
+        if is_large and use not in ("a result", "an answer"):
+            continue
         env.execute(BAD.format(TEXTS_OF_THEIR_OWN[name]))
         observation = env.execute(code).observation
         assert observation.status in ("ok", "error", "timeout"), use
-        assert observation.result.execution_time < 20, use
+        assert observation.result.execution_time < 30, use
         assert sum(len(str(output)) for output in observation.outputs) < 5 * 2**20, use
         if observation.done:
             assert (name, observation.final_answer) == ("prints", "p"), use

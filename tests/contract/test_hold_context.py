@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import time
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ CONTEXTS: dict[str, Any] = {
     "numbers": [0, -1, 2**70, 1e308, 5e-324, 0.1, 1.0],
     "nested": [[[[[[{"a": [{}, [], ""]}]]]]]],
     "a number": 7,
+    "a fraction": 1.5,
     "true": True,
+    "false": False,
     "null in a list": [None],
 }
 
@@ -44,9 +48,24 @@ def test_a_deleted_context_comes_back_equal_to_the_byte(start: StartEnv, name: s
     observation = env.execute("del context").observation
     assert observation.result.stderr == "[kernel_env] Restored: context."
     assert env.execute(DIGEST).observation.result.stdout == expected
+    if isinstance(context, list | dict):
+        env.execute("context.clear()")
+        env.execute("del context")
+        assert env.execute(DIGEST).observation.result.stdout == expected
+    assert env.execute("import os; os._exit(1)").observation.restarted
+    assert env.execute(DIGEST).observation.result.stdout == expected
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("text", 40), ("four bytes a character", 35), ("a list", 8)])
+@pytest.mark.parametrize(
+    ("name", "megabytes"),
+    [
+        ("text", 40),
+        ("two bytes a character", 18),
+        ("four bytes a character", 35),
+        ("a list", 8),
+        ("a dict", 8),
+    ],
+)
 def test_a_deleted_context_frees_its_memory(start: StartEnv, name: str, megabytes: int) -> None:
     env = start({"context": CONTEXTS[name]})
     code = f"import gc; before = {SIZE}; del context; gc.collect(); print((before - {SIZE}) // {MB})"
@@ -69,3 +88,23 @@ def test_a_rebound_context_stays_and_a_fresh_kernel_has_the_first(start: StartEn
     assert env.execute("context").observation.result.stdout == "'second'\n"
     env.execute("import os; os._exit(1)")
     assert env.execute("context").observation.result.stdout == "'first'\n"
+
+
+def test_a_hundred_megabytes_arrive_in_the_time_of_a_few_copies(start: StartEnv) -> None:
+    """Beside what it takes to encode, write, read and decode as much in this very process."""
+    text = "kernel_env " * (100 * MB // 11)
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        file.seek(0)
+        assert len(file.read().decode()) == len(text)
+    copied = time.perf_counter() - begin
+    env = start()
+    begin = time.perf_counter()
+    env.reset(context="x")
+    small = time.perf_counter() - begin
+    begin = time.perf_counter()
+    env.reset(context=text)
+    took = time.perf_counter() - begin
+    assert took - small < 20 * copied + 1
+    assert env.execute("len(context)").observation.result.stdout == f"{len(text)}\n"

@@ -30,6 +30,10 @@ TEXTS = {
 }
 
 
+NO_CODE = ("lone surrogates", "a surrogate pair in halves", "NUL")
+"""Text that Python does not take as code."""
+
+
 def in_jupyter(text: str) -> str:
     """`text` after a way through Jupyter's JSON, which joins two lone surrogates that make a pair."""
     return json.loads(json.dumps(text))  # type: ignore[no-any-return]
@@ -68,12 +72,21 @@ def test_text_goes_everywhere_and_comes_back_the_same(start: StartEnv, tmp_path:
 @pytest.mark.parametrize("name", [n for n in TEXTS if n not in ("a line of 1 MB",)])
 def test_text_in_code_is_an_observation(start: StartEnv, tmp_path: Path, name: str) -> None:
     env = start()
-    observation = env.execute(f"x = '''{TEXTS[name]}'''\nprint(len(x))  # {TEXTS[name]}").observation
-    assert observation.status in ("ok", "error")
+    code = f"x = '''{TEXTS[name]}'''\nprint(ascii(x))"
+    observation = env.execute(code).observation
     assert not observation.restarted
+    if name in NO_CODE:
+        assert observation.status == "error"
+        assert "which Python source cannot hold" in (observation.result.exception or "")
+    else:
+        assert observation.status == "ok", observation.result
+        # Python's own way with the ends of lines, and IPython's.
+        lines = TEXTS[name].replace("\r\n", "\n").replace("\r", "\n")
+        assert observation.result.stdout == f"{lines!a}\n"
     assert env.execute("print('on')").observation.result.stdout == "on\n"
     path = env.export(tmp_path / "episode.ipynb")
     nbformat.validate(json.loads(path.read_bytes()))
+    assert Episode.from_notebook(path).turns[0].action.code == code
 
 
 def test_code_of_one_line_of_a_megabyte_runs(start: StartEnv) -> None:
@@ -88,16 +101,29 @@ def test_bytes_that_are_no_text_come_through_a_descriptor_as_replacements(start:
 
 
 @pytest.mark.parametrize("name", ["lone surrogates", "ANSI", "bidi controls", "CR and CRLF", "markup"])
-def test_a_file_s_name_may_be_any(start: StartEnv, name: str) -> None:
+def test_a_file_s_name_may_be_any(start: StartEnv, tmp_path: Path, name: str) -> None:
     env = start()
     # A lone surrogate is how Python names a file whose name is no UTF-8.
     text = TEXTS[name].replace("/", "_").replace("\ud800", "\udc80").replace("\udfff", "\udcff")
     code = f"name = {text!a}\n_ = open(name, 'w').write('x')\nimport os; os.listdir() == [name]"
     assert env.execute(f"{code}").observation.result.stdout == "True\n"
     assert not env.execute("os.listdir()").observation.restarted
+    assert [artifact.name for artifact in env.artifacts()] == [text]
+    assert env.read_artifact(text) == b"x"
     folder = Path(env.get_variable("os.getcwd()").observation.result.stdout.strip().strip("'"))
+    env.reset()
+    path = env.export(tmp_path / f"{text}.ipynb")
+    assert Episode.from_notebook(path) == env.episode
     env.close()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["ANSI", "bidi controls", "CR and CRLF", "markup", "combining"])
+def test_a_file_that_is_given_may_have_any_name(start: StartEnv, name: str) -> None:
+    text = TEXTS[name].replace("/", "_")[:80]
+    env = start(files={text: b"given"})
+    code = f"import os; print(os.listdir() == [{text!a}], open({text!a}).read())"
+    assert env.execute(code).observation.result.stdout == "True given\n"
 
 
 def test_a_notebook_is_never_half_written(start: StartEnv, tmp_path: Path) -> None:

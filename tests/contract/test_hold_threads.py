@@ -7,11 +7,18 @@ import threading
 
 import pytest
 
+from kernel_env import LocalREPLEnv
+
 from .conftest import StartEnv
 
 LATE = "refused: its cell has ended"
 FORK = "import os\nr, w = os.pipe()\nif os.fork() == 0:\n"
 POOLS = "import multiprocessing as m\nfrom concurrent.futures import ProcessPoolExecutor as P\n"
+
+
+def prompts_by_turn(env: LocalREPLEnv) -> list[list[str]]:
+    """Which prompts each turn of the record has."""
+    return [sorted(call.arguments["prompt"] for call in turn.helper_calls) for turn in env.episode.turns]
 
 
 @pytest.mark.parametrize("call", ["FINAL('late')", "llm_query('late')", "tool()"])
@@ -43,14 +50,17 @@ thread.start()
     assert env.execute("llm_query('own')").observation.result.stdout == "'own'\n"
 
 
-def test_a_call_of_a_task_whose_cell_has_ended_is_refused(start: StartEnv) -> None:
+@pytest.mark.parametrize(
+    "call", ["FINAL('late')", "llm_query('late')", "await asyncio.to_thread(llm_query, 'late')"]
+)
+def test_a_call_of_a_task_whose_cell_has_ended_is_refused(start: StartEnv, call: str) -> None:
     env = start(llm_query_fn=str.upper)
-    code = """
+    code = f"""
 import asyncio
 go, said = asyncio.Event(), []
 async def late():
     await go.wait()
-    try: FINAL('late')
+    try: {call}
     except Exception as error: said.append(str(error))
 task = asyncio.create_task(late())
 """
@@ -58,6 +68,7 @@ task = asyncio.create_task(late())
     observation = env.execute("go.set(); await task; print(said[0])").observation
     assert observation.result.stdout.startswith(LATE)
     assert not observation.done
+    assert not any(turn.helper_calls for turn in env.episode.turns)
 
 
 def test_work_given_to_an_old_pool_belongs_to_the_cell_that_gives_it(start: StartEnv) -> None:
@@ -65,6 +76,7 @@ def test_work_given_to_an_old_pool_belongs_to_the_cell_that_gives_it(start: Star
     env.execute("from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)")
     env.execute("list(pool.map(llm_query, 'ab'))")
     assert env.execute("list(pool.map(llm_query, 'cd'))").observation.result.stdout == "['C', 'D']\n"
+    assert prompts_by_turn(env) == [[], ["a", "b"], ["c", "d"]]
 
 
 def test_sixteen_threads_have_their_own_replies(start: StartEnv) -> None:
@@ -109,6 +121,7 @@ def test_tasks_call_helpers_side_by_side(start: StartEnv) -> None:
     )
     env.execute(f"import asyncio\n{wide}(ThreadPoolExecutor(8))")
     assert env.execute(code).observation.result.stdout == f"{list('ABCDEFGH')}\n"
+    assert prompts_by_turn(env) == [[], list("abcdefgh")]
 
 
 @pytest.mark.parametrize(
@@ -121,10 +134,11 @@ def test_tasks_call_helpers_side_by_side(start: StartEnv) -> None:
     ],
     ids=["fork", "fork pool", "spawn pool", "forkserver pool"],
 )
-def test_helpers_work_in_child_processes(start: StartEnv, code: str, expected: object) -> None:
+def test_helpers_work_in_child_processes(start: StartEnv, code: str, expected: bytes | list[str]) -> None:
     env = start(llm_query_fn=str.upper)
     observation = env.execute(code).observation
     assert (observation.result.stdout, observation.result.stderr) == (f"{expected!r}\n", "")
+    assert prompts_by_turn(env) == [["a", "b"][: len(expected)]]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
