@@ -104,8 +104,10 @@ class Outputs:
             self._clear_before_next = True
             if not content.get("wait"):
                 self._apply_clear()
-        elif message_type == "update_display_data":
-            self._update(content)
+        elif message_type == "update_display_data" and (
+            shown := self._displays.get(_display_id(content) or "")
+        ):
+            self._update(shown.values(), content)
         elif (output := _output_of(message_type, content, self._half)) is not None:
             self._apply_clear()
             missing = content.get("dropped")  # the guest has left it out already
@@ -143,8 +145,8 @@ class Outputs:
             self._gaps.add(name)
             self._is_head_full = True
 
-    def _update(self, content: dict[str, Any]) -> None:
-        for piece in self._displays.get(_display_id(content) or "", {}).values():
+    def _update(self, shown: Iterable[_Piece], content: dict[str, Any]) -> None:
+        for piece in shown:
             before = piece.weight
             room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
             output = piece.output
@@ -174,7 +176,10 @@ class Outputs:
         self.dropped[_stream_of(piece.output)] += piece.size
         self._gaps.add(_stream_of(piece.output))
         if piece.display_id is not None:
-            del self._displays[piece.display_id][id(piece)]
+            shown = self._displays[piece.display_id]
+            del shown[id(piece)]
+            if not shown:
+                del self._displays[piece.display_id]
 
 
 def half(limit: int) -> int:
@@ -221,9 +226,10 @@ def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output
         case "stream":
             name = "stderr" if content.get("name") == "stderr" else "stdout"
             return _stream(name, str(content.get("text", "")))
-        case "display_data" | "execute_result":
+        case "display_data" | "execute_result" | "update_display_data":
+            # An update of what is not here, as of an earlier cell's display, shows where it is made.
             output: Output = {
-                "output_type": message_type,
+                "output_type": message_type.removeprefix("update_"),
                 "data": _bounded_data(content.get("data") or {}, limit),
                 "metadata": _plain_metadata(content),
             }

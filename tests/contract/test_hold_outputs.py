@@ -306,18 +306,64 @@ def test_late_output_of_threads_and_tasks_is_not_lost(start: StartEnv) -> None:
     assert sorted(second.result.stdout.splitlines()) == ["from a task", "own"]
 
 
-def test_what_is_printed_between_cells_shows_with_the_next(start: StartEnv) -> None:
-    env = start(tools={"ping": lambda: None})
-    code = """
+LATER = {
+    "a thread": (
+        """
 import threading
 def later():
     try:
         while True: ping()
     except HelperError: print('after the end of my cell')
 thread = threading.Thread(target=later); thread.start()
-"""
+""",
+        "thread.join()",
+    ),
+    "a task": (
+        """
+import asyncio
+async def later():
+    try:
+        while True: await asyncio.to_thread(ping)
+    except HelperError: print('after the end of my cell')
+task = asyncio.create_task(later())
+""",
+        "await task",
+    ),
+    "a process": (
+        """
+import subprocess
+waits = "while [ ! -e go ]; do sleep 0.02; done; echo after the end of my cell"
+process = subprocess.Popen(["sh", "-c", waits])
+""",
+        "open('go', 'w').close(); _ = process.wait()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_printed_after_a_cell_shows_with_the_next(start: StartEnv, name: str) -> None:
+    env = start(tools={"ping": lambda: None})
+    code, wait = LATER[name]
     assert env.execute(code).observation.result.stdout == ""
-    assert env.execute("thread.join()").observation.result.stdout == "after the end of my cell\n"
+    assert env.execute(wait).observation.result.stdout == "after the end of my cell\n"
+
+
+def test_an_update_of_an_earlier_cell_s_display_shows_where_it_is_made(
+    start: StartEnv, tmp_path: Path
+) -> None:
+    env = start()
+    env.execute("h = display('first', display_id='h')")
+    updated = env.execute("print('a'); h.update('second'); h.update('third'); print('b')").observation
+    assert updated.result.stdout == "a\n'third'\nb\n"
+    shown = [output["data"]["text/plain"] for output in updated.outputs if "data" in output]
+    assert shown == ["'third'"]
+    notebook = nbformat.read(env.export(tmp_path / "e.ipynb"), as_version=4)  # type: ignore[no-untyped-call]
+    recorded = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"][-2:]
+    assert [[o.output_type for o in outputs] for outputs in recorded] == [
+        ["display_data"],
+        ["stream", "display_data", "stream"],
+    ]
+    assert recorded[0][0].data == {"text/plain": "'first'"}
 
 
 def test_children_print_whole_lines_on_their_cell_and_in_order(start: StartEnv) -> None:
