@@ -24,6 +24,8 @@ _trial = subprocess.run(
     [sys.executable, "-c", _TRIAL], capture_output=True, text=True, timeout=60, check=False
 )
 HAS_SANDBOX = _trial.returncode == 0
+if not HAS_SANDBOX and "SandboxUnavailable" not in _trial.stderr:
+    raise RuntimeError(f"the sandbox is broken, not missing: {_trial.stderr}")
 NEEDS_SANDBOX = pytest.mark.skipif(
     not HAS_SANDBOX, reason=f"no sandbox here: {_trial.stderr.strip().splitlines()[-1:]}"
 )

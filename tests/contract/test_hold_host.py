@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,11 +20,11 @@ from pathlib import Path
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
+from kernel_env import ConfigError, KernelStartError, LocalREPLEnv, UsageError
 from kernel_env.folder import sweep
 from tests.processes import PID_OF_ENV, pid_of, pid_outside, wait_for_the_end
 
-from .conftest import StartEnv
+from .conftest import Kind, StartEnv
 
 RunHost = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,9 +51,12 @@ def run_host(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     ("end", "code"),
     [("pass", 0), ("raise RuntimeError('between reset and close')", 1), ("import sys; sys.exit(3)", 3)],
 )
-def test_an_environment_that_is_never_closed_keeps_nothing(own_folder: Path, end: str, code: int) -> None:
+def test_an_environment_that_is_never_closed_keeps_nothing(
+    own_folder: Path, kind: Kind, end: str, code: int
+) -> None:
     done = run_host(
-        f"env = LocalREPLEnv(); env.reset(); env.execute('x = 1'); print({PID_OF_ENV}, flush=True)\n{end}"
+        f"env = LocalREPLEnv(**{kind.options!r}); env.reset(); env.execute('x = 1')\n"
+        f"print({PID_OF_ENV}, flush=True)\n{end}"
     )
     assert done.returncode == code, done.stderr
     assert wait_for_the_end(int(done.stdout), 2)
@@ -78,9 +83,9 @@ def level() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children)
 
 
-def cycle(times: int, temporary_folder: Path) -> None:
+def cycle(kind: Kind, times: int, temporary_folder: Path) -> None:
     def once() -> None:
-        with LocalREPLEnv(llm_query_fn=str.upper) as env:
+        with LocalREPLEnv(**kind.options, llm_query_fn=str.upper) as env:
             env.reset(context="ctx")
             assert env.execute("print(llm_query(context))").observation.result.stdout == "CTX\n"
 
@@ -97,14 +102,14 @@ def cycle(times: int, temporary_folder: Path) -> None:
     assert not list(temporary_folder.glob("*ke-*"))
 
 
-def test_cycles_leave_everything_level(temporary_folder: Path) -> None:
-    cycle(12, temporary_folder)
+def test_cycles_leave_everything_level(kind: Kind, temporary_folder: Path) -> None:
+    cycle(kind, 12, temporary_folder)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_thousand_cycles_leave_everything_level(temporary_folder: Path) -> None:
-    cycle(1000, temporary_folder)
+def test_a_thousand_cycles_leave_everything_level(kind: Kind, temporary_folder: Path) -> None:
+    cycle(kind, 1000, temporary_folder)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_thousand_cycles_leave_everything_level(temporary_folder: Path) -> Non
     ],
 )
 def test_a_kernel_goes_with_a_host_that_is_killed_and_the_folder_at_the_next_start(
-    own_folder: Path, busy: str
+    own_folder: Path, kind: Kind, busy: str
 ) -> None:
     code = f"""
 import os, signal, threading
@@ -125,7 +130,7 @@ def kill():
     print({PID_OF_ENV}, flush=True)
     # The cell is in its last line when the host goes, or a moment before it.
     threading.Timer(0.3, os.kill, args=(os.getpid(), signal.SIGKILL)).start()
-env = LocalREPLEnv(tools={{"kill": kill}})
+env = LocalREPLEnv(tools={{"kill": kill}}, **{kind.options!r})
 env.reset()
 env.execute('''import os, subprocess
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -282,6 +287,66 @@ def test_a_full_disk_is_an_error_that_names_it_and_loses_nothing(own_folder: Pat
     assert lines[3] == "True ['episode.ipynb']"
     assert "No space left on device" in lines[4]
     assert lines[5] == "[]"
+
+
+IN_A_WORKER = """
+import pytest
+from kernel_env import LocalREPLEnv
+
+@pytest.mark.parametrize("number", range(4))
+def test_one(number):
+    with LocalREPLEnv(**{options!r}, llm_query_fn=str.upper) as env:
+        env.reset(context=f"context {{number}}")
+        assert env.execute("print(llm_query(context))").observation.result.stdout == f"CONTEXT {{number}}\\n"
+
+def test_one_that_is_never_closed():
+    env = LocalREPLEnv(**{options!r})
+    env.reset()
+"""
+
+
+def test_environments_work_in_workers_of_xdist_and_leave_nothing(own_folder: Path, kind: Kind) -> None:
+    (own_folder / "test_it.py").write_text(IN_A_WORKER.format(options=kind.options))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "test_it.py"]
+    done = subprocess.run(
+        command, cwd=own_folder, capture_output=True, text=True, timeout=100, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout
+    assert not list(own_folder.glob("ke-*"))
+
+
+def test_a_forked_child_of_the_host_is_told_to_make_its_own(start: StartEnv) -> None:
+    env = start()
+    env.execute("x = 1")
+    uses: list[Callable[[], object]] = [
+        env.reset,
+        lambda: env.execute("x"),
+        lambda: env.get_variable("x"),
+    ]
+    read_end, write_end = os.pipe()
+    if (child := os.fork()) == 0:
+        said = []
+        try:
+            for use in uses:
+                try:
+                    use()
+                except UsageError as error:
+                    said.append(str(error))
+            os.write(write_end, "\n".join(said).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    try:
+        assert select.select([read_end], [], [], 30)[0], "the child hangs"
+        said = os.read(read_end, 10_000).decode().splitlines()
+    finally:
+        os.close(read_end)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(said) == len(uses)
+    assert all("a forked child must make its own" in line for line in said)
+    assert env.execute("x").observation.result.stdout == "1\n"
 
 
 @pytest.mark.parametrize("home", ["/proc", "/nonexistent/home"])
