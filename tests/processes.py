@@ -18,6 +18,13 @@ def pid_of(env: Any) -> int:
     return int(env._rollout._kernel._live.process.pid)
 
 
+def folder_of(env: Any) -> Path:
+    """Of the kernel of an environment."""
+    while hasattr(env, "_env"):
+        env = env._env
+    return Path(env._rollout._kernel.folder.path)
+
+
 def template_of(env: Any) -> int:
     """Of the process that the kernel was forked from."""
     return int(Path(f"/proc/{pid_of(env)}/stat").read_text().rsplit(")", 1)[1].split()[1])

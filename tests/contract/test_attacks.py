@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kernel_env import ArtifactError, Limits, LocalREPLEnv, REPLObservation
-from tests.processes import pid_of, pid_outside, wait_for_the_end
+from tests.processes import folder_of, pid_of, pid_outside, wait_for_the_end
 
 from .attacks import ATTACKS, BOMBS, Attack, Bomb, table
 from .conftest import FORKED, SANDBOXED, Kind
@@ -48,10 +48,6 @@ def own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
-
-
-def folder_of(env: LocalREPLEnv) -> Path:
-    return env._env._rollout._kernel.folder.path  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,24 @@
 """A seeded random driver mixes everything that attacks a kernel over many short episodes.
 
 The short run is part of every test run; `python -m pytest -m long tests/contract/test_hold_driver.py` is the
-long one, and prints how often each thing happened.
+long one, and prints its seed and how often each thing happened. `SEED` and `EPISODES` are its variables.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
+import tempfile
 import textwrap
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -25,11 +29,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kernel_env import Limits, LocalREPLEnv, REPLObservation
-from tests.processes import pid_of
+from kernel_env import Limits, LocalREPLEnv, REPLAction, REPLObservation, portal
+from tests.processes import pid_of, wait_for_the_end
 
+from .conftest import Kind
 from .hostile import KEPT, LOST, cell
-from .test_hold_interrupts import INTERRUPTED, KILLED
+from .test_hold_channel import ATTACKS, CHANNEL
+from .test_hold_deaths import DEATHS
+from .test_hold_forgeries import FORGE, MALFORMED, REPLIES, STRANGE, second_client
+from .test_hold_interrupts import INTERRUPTED, KILLED, ON
 from .test_hold_text import TEXTS
 
 ACTIVE, GRACE = 2.0, 1.0
@@ -48,20 +56,16 @@ FLOODS = [
     "import threading\nts = [threading.Thread(target=print, args=('t' * 1000,)) for _ in range(50)]\n"
     "for t in ts: t.start()",
 ]
-SEND = "k = get_ipython().kernel; send = k.session.send\n"
-FORGERIES = [
-    "k = get_ipython().kernel; k.iopub_thread.send_multipart([b'garbage'])",
-    f"{SEND}send(k.iopub_socket, 'status', {{'execution_state': 'idle'}}, k.get_parent())",
-    f"{SEND}send(k.iopub_socket, 'comm_open', {{'comm_id': 'a', 'target_name': 'b'}})",
-    f"{SEND}send(k.iopub_socket, 'stream', {{'name': 5, 'text': {{}}}}, k.get_parent())",
-    "import socket, os\ns = socket.socket(socket.AF_UNIX); s.connect(os.path.dirname(os.getcwd()) + '/h')\n"
-    "s.sendall(b'\\xff' * 100)",
-]
+FORGERIES = {**MALFORMED, **STRANGE, **REPLIES}
 HELPERS = [
     "llm_query('a')",
     "llm_query_batched(['a', 'b'] * 20)",
     "llm_query('fail')",
     "import threading; threading.Thread(target=llm_query, args=('a',), daemon=True).start()",
+    "import threading\nts = [threading.Thread(target=llm_query, args=('a',)) for _ in range(16)]\n"
+    "for t in ts: t.start()\nfor t in ts: t.join()",
+    "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: print(p.map(llm_query, 'ab'))",
+    "import asyncio\nprint(await asyncio.gather(*(asyncio.to_thread(llm_query, c) for c in 'abc')))",
     "FINAL_VAR('nothing')",
     "del FINAL, llm_query, context, answer",
     "FINAL = llm_query = answer = context = 5",
@@ -71,9 +75,16 @@ HELPERS = [
 class Driver(RuleBasedStateMachine):
     """One episode, whatever is done to it."""
 
+    kind: ClassVar[Kind]
+    levels: ClassVar[list[tuple[int, int]]]
+    """Descriptors and threads of this process after each episode."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.has_output = threading.Event()
         self.env = LocalREPLEnv(
+            **self.kind.options,
+            on_output=lambda output: self.has_output.set(),
             llm_query_fn=self.model,
             limits=Limits(interrupt_grace=GRACE, restarts=100, cell_active=ACTIVE, cell_output=2**20),
         )
@@ -81,9 +92,11 @@ class Driver(RuleBasedStateMachine):
         self.is_marked = False
 
     @staticmethod
-    def model(prompt: str) -> str:
+    async def model(prompt: str) -> str:
         if prompt == "fail":
             raise RuntimeError(prompt)
+        if prompt == "slow":
+            await asyncio.sleep(60)
         return prompt.upper()
 
     @initialize(text=st.sampled_from(sorted(TEXTS)), seed=st.none() | st.integers(0, 2**32))
@@ -113,9 +126,41 @@ class Driver(RuleBasedStateMachine):
     def flood(self, code: str) -> None:
         self.step("flood", code)
 
-    @rule(code=st.sampled_from(FORGERIES))
-    def forge(self, code: str) -> None:
-        self.step("forgery", code)
+    @rule(name=st.sampled_from(sorted(FORGERIES)))
+    def forge(self, name: str) -> None:
+        self.step(f"forged: {name}", FORGE + textwrap.dedent(FORGERIES[name]))
+
+    @rule(name=st.sampled_from(sorted(ATTACKS)))
+    def attack_the_helper_channel(self, name: str) -> None:
+        self.step(f"helper channel: {name}", f"{CHANNEL}\nprint({ATTACKS[name]})")
+
+    @rule(name=st.sampled_from(sorted(DEATHS)))
+    def die(self, name: str) -> None:
+        self.step(f"death: {name}", DEATHS[name][0])
+
+    @rule(code=st.sampled_from(["mark_of_theirs = 1", "1 / 0", "import time; time.sleep(0.3)"]))
+    def let_a_second_client_run(self, code: str) -> None:
+        if self.step("before a stranger", "pass").status != "ok":
+            return  # it could not be waited for either
+        with second_client(self.env) as client:
+            client.execute(code)
+            self.step("beside a stranger", "print('beside')")
+
+    @rule(code=st.sampled_from(["while True: pass", "import time; time.sleep(60)", "llm_query('slow')"]))
+    def cancel(self, code: str) -> None:
+        async def cancelled() -> None:
+            step = asyncio.create_task(self.env._env.step_async(REPLAction(code=f"{ON}{code}")))
+            await asyncio.to_thread(self.has_output.wait, 10)  # a broken kernel may print nothing
+            step.cancel()
+            await asyncio.wait([step])
+            happened[f"cancelled: {'too late' if not step.cancelled() else 'stopped'}"] += 1
+
+        self.has_output.clear()
+        begin = time.monotonic()
+        portal.run(cancelled)
+        assert time.monotonic() - begin < BOUND
+        self.turns += 1
+        self.is_marked = self.is_marked and not self.env.episode.turns[-1].observation.restarted
 
     @rule(code=st.sampled_from(HELPERS))
     def call_helpers(self, code: str) -> None:
@@ -183,34 +228,51 @@ class Driver(RuleBasedStateMachine):
             observation = self.step("last", "print(llm_query('w'), type(context).__name__)")
             if not observation.restarted and observation.status == "ok":
                 assert observation.result.stdout.startswith("W ")
-            self.env.export(Path(os.environ.get("TMPDIR", "/tmp")) / f"driver-{os.getpid()}.ipynb").unlink()
+            self.env.export(Path(tempfile.gettempdir()) / "driver.ipynb").unlink()
+            pid = pid_of(self.env)
+            self.env.close()
+            assert wait_for_the_end(pid, 10)
         self.env.close()
+        assert not list(Path(tempfile.gettempdir()).glob("ke-*"))
+        self.levels.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
 
 
-def drive(temporary_folder: Path, episodes: int, steps: int, *, seeded: bool) -> None:
-    driver = settings(
+def drive(kind: Kind, episodes: int, steps: int, *, number: int | None = None) -> None:
+    """Play episodes, the same ones in every run or those of a seed."""
+
+    class OfKind(Driver):
+        pass
+
+    OfKind.kind, OfKind.levels = kind, []
+    options = settings(
         max_examples=episodes,
         stateful_step_count=steps,
         deadline=None,
-        derandomize=seeded,
+        derandomize=number is None,
         database=None,
         phases=[Phase.generate],  # a failing episode is short enough to read, and minutes long to shrink
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    run_state_machine_as_test(Driver, settings=driver)
-    assert not list(temporary_folder.glob("ke-*"))
+    run_state_machine_as_test(OfKind if number is None else seed(number)(OfKind), settings=options)
+    # The first episodes start what all share; a leak would be as many as there are episodes.
+    (descriptors, threads), last = OfKind.levels[1], OfKind.levels[-1]
+    assert last[0] <= descriptors + 10, OfKind.levels
+    assert last[1] <= threads + 5, OfKind.levels
 
 
 @pytest.mark.timeout(300)
-def test_any_mixture_is_survived(temporary_folder: Path) -> None:
-    drive(temporary_folder, episodes=5, steps=10, seeded=True)
+def test_any_mixture_is_survived(kind: Kind) -> None:
+    drive(kind, episodes=4, steps=10)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_a_long_mixture_is_survived(temporary_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drive(temporary_folder, episodes=int(os.environ.get("EPISODES", "150")), steps=20, seeded=False)
+def test_a_long_mixture_is_survived(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
+    number = int(os.environ.get("SEED", random.SystemRandom().randrange(2**32)))
+    with capsys.disabled():
+        print(f"SEED={number}")  # noqa: T201 - what it takes to play the same again
+    drive(kind, episodes=int(os.environ.get("EPISODES", "50")), steps=20, number=number)
     with capsys.disabled():
         for what, count in sorted(happened.items()):
             print(f"{count:5} {what}")  # noqa: T201 - the report of the long run

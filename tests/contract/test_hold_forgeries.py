@@ -14,6 +14,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits, LocalREPLEnv
 from kernel_env.process import KernelProcess
+from tests.processes import folder_of
 
 from .conftest import StartEnv
 
@@ -339,11 +340,6 @@ def test_a_stranger_that_is_said_to_be_busy_does_not_stop_the_clock(start: Start
     assert_whole(env, tmp_path)
 
 
-def folder_of(env: LocalREPLEnv) -> Path:
-    """The folder of the environment's kernel."""
-    return Path(env.execute("import os; print(os.getcwd())").observation.result.stdout.strip()).parent
-
-
 @contextlib.contextmanager
 def second_client(env: LocalREPLEnv) -> Iterator[Any]:
     """A client of the same kernel, with its key, that is no part of the environment."""
@@ -419,7 +415,7 @@ def test_a_request_that_a_second_client_s_failure_aborts_is_run_exactly_once(
             assert len(runs) == number
             assert client._recv_reply(request, timeout=30)["content"]["ename"] == "ZeroDivisionError"
         assert_whole(env, tmp_path)
-    assert len(env.episode.turns) == 5  # none of them twice
+    assert len(env.episode.turns) == 4  # none of them twice
 
 
 def test_the_time_of_a_second_client_s_cell_is_not_ours(start: StartEnv, tmp_path: Path) -> None:
