@@ -74,7 +74,7 @@ class Bridge:
         self.connections: set[_Connection] = set()
         self.buffered = 0
         """Bytes of frames that have not come in whole."""
-        self.refusals = Refusals()
+        self.refusals = Refusals(f"kernel in {path.parent.name}")
         """Connections, frames and requests that were turned away, calls of ended cells among them."""
         self._server: asyncio.Server | None = None
         self.is_closed = False
@@ -123,6 +123,11 @@ class Bridge:
         if cell is None or request.get("cell") != cell.id:
             raise self.refuse("its cell has ended, or it was started by no cell of this episode")
         return cell
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the kernel's calls are being ended: those of a cell, or all."""
+        return self.is_closed or (self._cell is not None and self._cell.refusal is not None)
 
     def refuse(self, why: str) -> HelperError:
         """Count what the kernel has no right to; returns the error to reply with."""
@@ -292,7 +297,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._bridge.connections.discard(self)
-        if self._buffer and not self._bridge.is_closed:
+        if self._buffer and not self._bridge.is_stopping:  # else what was sent is broken off by our own doing
             self._bridge.refusals.add(f"a frame that broke off after {len(self._buffer)} bytes")
         self._drop_buffer()
         if self._task is not None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from kernel_env.fitting import fit_display, fit_error, marker, valid_display
+
 __all__ = [
     "Output",
     "Outputs",
-    "clip",
     "half",
     "plain_traceback",
     "stderr_text",
@@ -26,31 +26,14 @@ Output = dict[str, Any]
 
 _LARGEST_PIECE = 2**16
 _OVERHEAD = 64
-_DEEPEST = 100
+_ROOM_AROUND = 256  # of what is cut to fit: its marker, names, `_OVERHEAD`
+_MOST_OF_ONE_ID = 100  # displays that an update changes; each costs a copy
+_MOST_CLEARED = 10_000
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _LIBRARY_PATH = re.compile(
     r"(?<=File )(\"?)[/~][^\n\":]*?/(?:site-packages|dist-packages|python3\.\d+)/(?=[^\n\":]+)"
 )
 _OTHER_PATH = re.compile(r"(?<=File )(\"?)[/~][^\n\":]*/(?=[^\n\":/]+)")
-
-
-def clip(text: str, limit: int, *, dropped: int = 0) -> str:
-    """Keep the head and the tail of `text` around one marker that gives the true length.
-
-    The parts kept make `limit` characters; the marker comes on top. `dropped` characters are missing
-    from `text` already, at a marker of its own.
-    """
-    if len(text) <= limit:
-        return text
-    tail = limit // 2
-    total = len(text) + dropped
-    if dropped:
-        total -= len(_marker(total))
-    return text[: limit - tail] + _marker(total) + text[len(text) - tail :]
-
-
-def _marker(total: int) -> str:
-    return f"\n... (truncated, total {total} chars) ...\n"
 
 
 @dataclass(slots=True, eq=False)
@@ -74,9 +57,12 @@ class Outputs:
 
     def __init__(self, limit: int) -> None:
         self._half = half(limit)
+        self._largest = max(self._half - _ROOM_AROUND, 1)
         self._piece = max(min(limit // 16, _LARGEST_PIECE), 1)
         self._on_output: Callable[[Output], None] | None = None
         self._clear_before_next = False
+        self._displays: dict[str, dict[int, _Piece]] = {}  # display id → its pieces, by identity
+        self._cleared: set[str] = set()  # display ids that this cell has shown and cleared
         self._clear()
 
     def _clear(self) -> None:
@@ -84,7 +70,9 @@ class Outputs:
         self._tail: deque[_Piece] = deque()
         self._sizes = [0, 0]  # of head and tail
         self._is_head_full = False
-        self._displays: dict[str, dict[int, _Piece]] = {}  # display id → its pieces, by identity
+        if len(self._cleared) < _MOST_CLEARED:
+            self._cleared.update(self._displays)
+        self._displays = {}
         self._totals: Counter[str] = Counter()
         self._streamed: Counter[str] = Counter()  # of the totals, what came on the stream itself
         self._gaps: set[str] = set()
@@ -104,26 +92,39 @@ class Outputs:
             self._clear_before_next = True
             if not content.get("wait"):
                 self._apply_clear()
-        elif message_type == "update_display_data" and (
-            shown := self._displays.get(_display_id(content) or "")
-        ):
-            self._update(shown.values(), content)
-        elif (output := _output_of(message_type, content, self._half)) is not None:
+            return
+        missing = content.get("dropped")  # the guest has left it out already
+        dropped = missing if isinstance(missing, int) and 0 < missing < 2**53 else 0
+        display_id = _display_id(content)
+        if message_type == "update_display_data":
+            if display_id is None or display_id in self._cleared:
+                return
+            if shown := self._displays.get(display_id):
+                self._update(shown.values(), content, dropped)
+                return
+        made = _output_of(message_type, content, self._largest, dropped)
+        if made is not None:
             self._apply_clear()
-            missing = content.get("dropped")  # the guest has left it out already
-            if isinstance(missing, int) and 0 < missing < 2**53:
-                self._take_missing(output, missing)
-                if output["output_type"] == "stream":
-                    return
-            display_id = _display_id(content)
-            for piece in _pieces(output, self._piece):
-                self._keep(_Piece(piece, _size(piece), display_id))
-            if self._on_output is not None:
-                self._on_output(output)
+            self._take(*made, display_id)
+
+    def _take(self, output: Output, missing: int, display_id: str | None) -> None:
+        if missing:
+            name = _stream_of(output)
+            self.dropped[name] += missing
+            self._totals[name] += missing
+            if output["output_type"] == "stream":  # elsewhere the marker stands in the text itself
+                self._gaps.add(name)
+                self._is_head_full = True
+                return
+        for piece in _pieces(output, self._piece):
+            is_display = output["output_type"] in ("display_data", "execute_result")
+            self._keep(_Piece(piece, _size(piece), display_id if is_display else None))
+        if self._on_output is not None:
+            self._on_output(output)
 
     def finish(self, *, kernel_died: bool = False) -> list[Output]:
         """The outputs so far, neighbouring pieces of one stream joined."""
-        middle = [_stream(name, _marker(self._totals[name])) for name in sorted(self._gaps)]
+        middle = [_stream(name, marker(self._totals[name])) for name in sorted(self._gaps)]
         lost = []
         if kernel_died:
             # The guest sends the first half at once and the rest at the end of the cell.
@@ -137,22 +138,14 @@ class Outputs:
             self._clear_before_next = False
             self._clear()
 
-    def _take_missing(self, output: Output, count: int) -> None:
-        name = _stream_of(output)
-        self.dropped[name] += count
-        if output["output_type"] == "stream":  # elsewhere the marker stands in the text itself
-            self._totals[name] += count
-            self._gaps.add(name)
-            self._is_head_full = True
-
-    def _update(self, shown: Iterable[_Piece], content: dict[str, Any]) -> None:
+    def _update(self, shown: Iterable[_Piece], content: dict[str, Any], dropped: int) -> None:
+        data, metadata = valid_display(content)
         for piece in shown:
             before = piece.weight
             room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
-            output = piece.output
-            output["data"] = _bounded_data(content.get("data") or {}, room)
-            output["metadata"] = _plain_metadata(content)
-            piece.size = _size(output)
+            fitted = fit_display(data, metadata, min(room, self._largest), dropped=dropped)
+            piece.output["data"], piece.output["metadata"], _ = fitted
+            piece.size = _size(piece.output)
             self._sizes[piece.in_tail] += piece.weight - before
 
     def _keep(self, piece: _Piece) -> None:
@@ -160,7 +153,12 @@ class Outputs:
         if piece.output["output_type"] == "stream":
             self._streamed[piece.output["name"]] += piece.size
         if piece.display_id is not None:
-            self._displays.setdefault(piece.display_id, {})[id(piece)] = piece
+            self._cleared.discard(piece.display_id)
+            shown = self._displays.setdefault(piece.display_id, {})
+            if len(shown) < _MOST_OF_ONE_ID:
+                shown[id(piece)] = piece
+            else:
+                piece.display_id = None
         if not self._is_head_full and self._sizes[0] + piece.weight <= self._half:
             self._head.append(piece)
             self._sizes[0] += piece.weight
@@ -200,82 +198,26 @@ def _display_id(content: dict[str, Any]) -> str | None:
     return identifier if isinstance(identifier, str) else None
 
 
-def _plain_metadata(content: dict[str, Any]) -> dict[str, Any]:
-    metadata = dict(content.get("metadata") or {})
-    return _valid_json(metadata) if metadata else metadata
-
-
-def _valid_json(value: Any) -> Any:
-    """`value` without NaN, which JSON does not have.
-
-    Raises:
-        ValueError: it is nested so deeply that who reads the record would run out of stack.
-    """
-    pending = [(value, 0)]
-    while pending:
-        item, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise ValueError(f"an output is nested over {_DEEPEST} deep")
-        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-        pending.extend((child, depth + 1) for child in children)
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
-
-
-def _output_of(message_type: str, content: dict[str, Any], limit: int) -> Output | None:
+def _output_of(
+    message_type: str, content: dict[str, Any], limit: int, dropped: int
+) -> tuple[Output, int] | None:
+    """The output that a message is, within `limit` characters, and how many are missing from its text."""
     match message_type:
-        case "stream":
-            name = "stderr" if content.get("name") == "stderr" else "stdout"
-            return _stream(name, str(content.get("text", "")))
+        case "stream" if (text := str(content.get("text", ""))) or dropped:
+            return _stream("stderr" if content.get("name") == "stderr" else "stdout", text), dropped
         case "display_data" | "execute_result" | "update_display_data":
             # An update of what is not here, as of an earlier cell's display, shows where it is made.
-            output: Output = {
-                "output_type": message_type.removeprefix("update_"),
-                "data": _bounded_data(content.get("data") or {}, limit),
-                "metadata": _plain_metadata(content),
-            }
+            data, metadata, missing = fit_display(*valid_display(content), limit, dropped=dropped)
+            kind = message_type.removeprefix("update_")
+            output: Output = {"output_type": kind, "data": data, "metadata": metadata}
             if message_type == "execute_result":
                 count = content.get("execution_count")
                 output["execution_count"] = count if isinstance(count, int) and 0 <= count < 2**31 else None
-            return output
+            return output, missing
         case "error":
-            ename = clip(str(content.get("ename", "")), limit // 4)
-            evalue = clip(str(content.get("evalue", "")), limit // 4)
-            lines = [str(line) for line in content.get("traceback") or []]
-            room = max(limit - len(ename) - len(evalue), 0)
-            if sum(map(len, lines)) > room:
-                lines = [clip("\n".join(lines), room)]
-            return {"output_type": "error", "ename": ename, "evalue": evalue, "traceback": lines}
+            fields, missing = fit_error(content, limit, dropped=dropped)
+            return {"output_type": "error", **fields}, missing
     return None
-
-
-def _bounded_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
-    """The text of `data`, cut, and what else finds room beside it; what does not is named in the text."""
-    kept: dict[str, Any] = {}
-    notes = []
-    for mime, raw in sorted(data.items(), key=lambda item: item[0] != "text/plain"):
-        value = _valid_data(mime, raw)
-        if mime == "text/plain":
-            value = clip(str(value), limit)
-        size = len(value) if isinstance(value, str) else len(repr(value))
-        if size <= limit or mime == "text/plain":
-            kept[mime] = value
-            limit -= size
-        else:  # half an image or half a page is worth nothing
-            notes.append(f"<{mime} of {size} chars, over Limits.cell_output, not kept>")
-    if notes:
-        kept["text/plain"] = "\n".join([*filter(None, [kept.get("text/plain")]), *notes])
-    return kept
-
-
-def _valid_data(mime: str, value: Any) -> Any:
-    """Data as the notebook format allows it: text, but for JSON types, which have no NaN."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "".join(value)
-    value = _valid_json(value)
-    is_json = mime == "application/json" or mime.endswith("+json")
-    return value if is_json else json.dumps(value)
 
 
 def _pieces(output: Output, size: int) -> Iterable[Output]:

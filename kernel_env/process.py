@@ -82,7 +82,7 @@ class KernelProcess:
         """Messages that came in, broken ones included."""
         self.bytes_out = 0
         """Bytes of the messages that it published."""
-        self.refusals = Refusals()
+        self.refusals = Refusals(f"kernel {self.pid}")
         """Messages that were none, or too large to be read."""
         self._ending: asyncio.Future[None] | None = None
         self._is_released = False
@@ -200,7 +200,7 @@ class KernelProcess:
             self._on_message(channel, self.wire.unpack(frames))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # Passed on, it would leave the messages behind it unread until the next one comes.
-            self.refusals.add(f"kernel {self.pid} sent a broken message on {channel}: {error}")
+            self.refusals.add(f"sent a broken message on {channel}: {error}")
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)

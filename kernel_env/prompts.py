@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from kernel_env.calls import Helper
 from kernel_env.config import Limits
-from kernel_env.outputs import clip
+from kernel_env.fitting import clip
 from kernel_env.types import REPLObservation
 
 __all__ = [

@@ -10,9 +10,10 @@ _LOGGED = 20  # a cell can send for ever, and the log's disk is the host's
 
 
 class Refusals:
-    """Those of one kernel process on its sockets, or on its helper channel."""
+    """Those of one kernel, on its sockets or on its helper channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, who: str) -> None:
+        self._who = who
         self.count = 0
 
     def add(self, what: str) -> None:
@@ -20,4 +21,4 @@ class Refusals:
         self.count += 1
         if self.count <= _LOGGED:
             ending = "" if self.count < _LOGGED else "; what follows is counted and not logged"
-            log.warning("not taken: %s%s", what, ending)
+            log.warning("%s: not taken: %s%s", self._who, what, ending)

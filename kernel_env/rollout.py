@@ -25,11 +25,12 @@ from kernel_env.config import EnvConfig
 from kernel_env.episode import Context, Episode, Turn
 from kernel_env.errors import EpisodeOver, KernelDied, ResetRequired, RubricError
 from kernel_env.execution import Execution
+from kernel_env.fitting import clip
 from kernel_env.folder import KernelFolder
 from kernel_env.helpers import HostHelpers
 from kernel_env.install import KernelSetup
 from kernel_env.kernel import Kernel
-from kernel_env.outputs import clip, stderr_text, stdout_text, stream_text
+from kernel_env.outputs import stderr_text, stdout_text, stream_text
 from kernel_env.pool import start_kernel
 from kernel_env.rubrics import Scorer
 from kernel_env.types import CodeBlockResult, DoneReason, REPLAction, REPLObservation, Usage

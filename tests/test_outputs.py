@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from kernel_env.outputs import Outputs, clip, plain_traceback, stderr_text, stdout_text
+from kernel_env.fitting import clip
+from kernel_env.guest.messages import shortened
+from kernel_env.outputs import Outputs, plain_traceback, stderr_text, stdout_text
 
 
 def stream(text: str, name: str = "stdout") -> tuple[str, dict[str, Any]]:
@@ -101,3 +104,102 @@ def test_tracebacks_lose_colours_and_folders() -> None:
     ]
     error = ("error", {"ename": "E", "evalue": "v", "traceback": lines[3:]})
     assert stderr_text(collect(stream("warn\n", "stderr"), error)) == "warn\nValueError: /not/a/file.py"
+
+
+def held(outputs: list[dict[str, Any]]) -> int:
+    return len(json.dumps(outputs))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ("display_data", {"data": {"text/plain": "t" * 5000} | {f"a/{n}": "x" for n in range(20_000)}}),
+        ("display_data", {"data": {f"a/{n}": "" for n in range(20_000)}}),
+        ("display_data", {"data": {"a/" + "n" * 100_000: "x" * 5000}}),
+        ("display_data", {"data": {"text/plain": "t"}, "metadata": {"m": "x" * 100_000}}),
+        ("error", {"ename": "E" * 5000, "evalue": "v" * 5000, "traceback": ["t" * 5000] * 10}),
+        ("error", {"ename": "E", "evalue": "v", "traceback": [""] * 20_000}),
+    ],
+)
+def test_an_output_of_many_parts_is_bounded_as_a_whole(message: tuple[str, dict[str, Any]]) -> None:
+    outputs = collect(message, limit=1000)
+    assert held(outputs) < 3000
+    assert "truncated, total" in str(outputs) or "not kept" in str(outputs)
+    assert held(collect(*[message] * 5, limit=1000)) < 5000
+
+
+def test_many_empty_pieces_of_a_stream_are_nothing() -> None:
+    assert collect(*[stream("")] * 1000) == []
+
+
+def test_what_is_cut_to_fit_stays_when_more_follows() -> None:
+    outputs = collect(display("r" * 50_000), stream("on"), limit=10_000)
+    assert "total 50000 chars" in outputs[0]["data"]["text/plain"]
+    assert outputs[1]["text"] == "on"
+
+
+@pytest.mark.parametrize("metadata", [5, {"deep": None}])
+def test_an_update_that_is_no_display_changes_nothing(metadata: Any) -> None:
+    if isinstance(metadata, dict):
+        for _ in range(200):
+            metadata = {"deep": metadata}
+    outputs = Outputs(1000)
+    outputs.add(*display("1", "a"))
+    update = {"data": {"text/plain": "2"}, "metadata": metadata, "transient": {"display_id": "a"}}
+    with pytest.raises((ValueError, TypeError)):
+        outputs.add("update_display_data", update)
+    assert outputs.finish()[0]["data"] == {"text/plain": "1"}
+
+
+def test_an_update_finds_displays_only() -> None:
+    text = {"name": "stdout", "text": "s", "transient": {"display_id": "a"}}
+    got = collect(("stream", text), display("d", "a", "update_display_data"))
+    assert got[0] == {"output_type": "stream", "name": "stdout", "text": "s"}
+    assert got[1]["data"] == {"text/plain": "d"}
+
+
+def test_an_update_of_what_was_cleared_or_has_no_id_shows_nothing() -> None:
+    clear = ("clear_output", {"wait": False})
+    assert collect(display("1", "a"), clear, display("2", "a", "update_display_data")) == []
+    assert collect(display("2", None, "update_display_data")) == []
+    again = collect(display("1", "a"), clear, display("2", "a"), display("3", "a", "update_display_data"))
+    assert [o["data"]["text/plain"] for o in again] == ["3"]
+
+
+def test_updates_of_one_id_are_bounded_together() -> None:
+    update = ("update_display_data", {"data": {"text/plain": "u" * 300}, "transient": {"display_id": "a"}})
+    got = collect(*[display("1", "a")] * 500, update, limit=10_000)
+    assert held(got) < 25_000
+
+
+def test_json_of_texts_is_no_text_in_lines() -> None:
+    (output,) = collect(("display_data", {"data": {"application/json": ["a", "b"], "text/html": ["a", "b"]}}))
+    assert output["data"] == {"application/json": ["a", "b"], "text/html": "ab"}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"text/plain": ["a\n", "b"], "image/png": "x" * 500}, "a\nb\n<image/png of 500 chars, over "),
+        ({"text/plain": 5, "image/png": "x" * 500}, "5\n<image/png of 500 chars, over "),
+        ({"image/png": ["x" * 500, "y"]}, "<image/png of 501 chars, over "),
+        (
+            {"application/json": None, "text/plain": "t" * 500},
+            "t" * 50 + "\n... (truncated, total 500 chars) ",
+        ),
+    ],
+)
+def test_a_guest_shortens_any_display(data: dict[str, Any], expected: str) -> None:
+    text = shortened({"data": data}, 100)["data"]["text/plain"]
+    assert text.startswith(expected)
+
+
+@pytest.mark.parametrize("limit", [10_000, 100_000])
+def test_an_exception_that_both_sides_cut_has_its_true_length(limit: int) -> None:
+    content = {"ename": "E", "evalue": "v" * 500_000, "traceback": ["head", "t" * 500_000, "tail"]}
+    (output,) = collect(("error", shortened(content, limit // 2)), limit=limit)
+    (line,) = output["traceback"]
+    assert line.count("truncated") == output["evalue"].count("truncated") == 1
+    assert "(truncated, total 500010 chars)" in line
+    assert "(truncated, total 500000 chars)" in output["evalue"]
+    assert held([output]) < limit

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "kernel_env"
 
 LAYERS = [
     {"errors"},
-    {"types", "isolation", "seccomp", "syntax", "metrics"},
+    {"types", "isolation", "seccomp", "syntax", "metrics", "fitting"},
     {"config", "sidefiles", "recorded"},
     {"budget", "reading"},
     {"episode"},

@@ -13,8 +13,6 @@ try:
 except ImportError:  # jupyter_client 6
     from jupyter_client.jsonutil import date_default as json_default
 
-MARKER_CHARS = 50
-
 
 def packer(message_chars: int) -> Any:
     """Session.pack that a cell's patch of `json` does not reach, for text of any kind and size.
@@ -51,33 +49,47 @@ def shortened(content: Any, limit: int) -> Any:
     """Message content without text of more than `limit` characters; what is missing is said in `dropped`."""
     if not isinstance(content, dict):
         return content
-    dropped = 0
-
-    def short(value: Any, mime: str) -> Any:
-        nonlocal dropped
-        if isinstance(value, list):
-            return [short(item, mime) for item in value]
-        if not isinstance(value, str) or len(value) <= limit:
-            return value
-        half = limit // 2 - MARKER_CHARS
-        dropped += len(value) - 2 * half
-        if "/" in mime and mime != "text/plain":  # half an image is none
-            return None
-        marker = f"\n... (truncated, total {len(value)} chars) ...\n"
-        return value[:half] + marker + value[len(value) - half :]
-
-    cut = {key: short(value, "") for key, value in content.items()}
-    lines = content.get("traceback")
-    if isinstance(lines, list) and sum(len(line) for line in lines if isinstance(line, str)) > limit:
-        cut["traceback"] = [short("\n".join(map(str, lines)), "")]
+    # Shorter than what the host keeps of them, so that it finds one marker with the true length.
+    cut = {k: _short(v, limit // 8 if k in ("ename", "evalue") else limit) for k, v in content.items()}
+    shown = content.get("text")  # what the host counts as output
+    if isinstance(content.get("traceback"), list):
+        shown = "\n".join(map(str, content["traceback"]))
+        if len(shown) > limit:
+            cut["traceback"] = [_short(shown, limit)]
     if isinstance(content.get("data"), dict):
-        data = {mime: short(value, mime) for mime, value in content["data"].items()}
-        cut["data"] = {mime: value for mime, value in data.items() if value is not None}
-        notes = [
-            f"<{mime} of {len(content['data'][mime])} chars, over Limits.cell_output, not kept>"
-            for mime, value in data.items()
-            if value is None
-        ]
-        if notes:
-            cut["data"]["text/plain"] = "\n".join([*filter(None, [cut["data"].get("text/plain")]), *notes])
-    return {**cut, "dropped": dropped} if dropped else cut
+        data = {mime: _joined(value, mime) for mime, value in content["data"].items()}
+        shown = data.get("text/plain")
+        cut["data"] = _shortened_data(data, limit)
+    if isinstance(shown, str) and len(shown) > limit:
+        cut["dropped"] = len(shown) - limit
+    return cut
+
+
+def _short(value: Any, limit: int) -> Any:
+    if isinstance(value, list):
+        return [_short(item, limit) for item in value]
+    if not isinstance(value, str) or len(value) <= limit:
+        return value
+    tail = limit // 2
+    marker = f"\n... (truncated, total {len(value)} chars) ...\n"
+    return value[: limit - tail] + marker + value[len(value) - tail :]
+
+
+def _joined(value: Any, mime: str) -> Any:
+    is_lines = isinstance(value, list) and all(isinstance(line, str) for line in value)
+    return "".join(value) if is_lines and not mime.endswith("json") else value
+
+
+def _shortened_data(data: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Half an image is none: what is too large is left out, and named in the text."""
+    gone = {
+        mime: len(value)
+        for mime, value in data.items()
+        if mime != "text/plain" and isinstance(value, str) and len(value) > limit
+    }
+    kept = {mime: value for mime, value in data.items() if mime not in gone}
+    notes = [f"<{mime} of {size} chars, over Limits.cell_output, not kept>" for mime, size in gone.items()]
+    if "text/plain" in kept or notes:
+        text = _short(str(kept.get("text/plain", "")), limit)
+        kept["text/plain"] = "\n".join([*filter(None, [text]), *notes[:5]])
+    return kept

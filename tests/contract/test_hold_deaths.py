@@ -59,20 +59,22 @@ class Death:
         self._watcher.start()
 
     def _wait(self) -> None:
-        select.select([self._descriptor], [], [], 60)
-        self._moment = time.time()
+        if select.select([self._descriptor], [], [], 100)[0]:
+            self._moment = time.time()
         os.close(self._descriptor)
 
     def until(self, moment: float) -> float:
         """Seconds from the death until `moment`."""
         self._watcher.join()
+        assert self._moment, "it lives on"
         return moment - self._moment
 
 
 def assert_told_within_a_second(env: LocalREPLEnv, death: Death) -> None:
-    """The last turn of `env` ended at most a second after `death`; its fresh kernel comes on top."""
+    """The last turn of `env` ended at most a second after `death`; its fresh kernel came on top."""
     turn = env.episode.turns[-1]
     assert death.until(turn.started + turn.observation.result.execution_time) < 1.0
+    assert death.until(time.time()) < 30  # on a busy machine
 
 
 @pytest.mark.parametrize("name", DEATHS)
@@ -109,27 +111,34 @@ def test_a_death_while_it_publishes_is_told_within_a_second_and_the_next_output_
     assert env.execute("print('w' * 5000)").observation.result.stdout == "w" * 5000 + "\n"
 
 
+@pytest.mark.timeout(300)
 def test_deaths_cost_no_other_episode_anything(start: StartEnv) -> None:
-    ended = threading.Event()
+    ended, calls = threading.Event(), [0]
 
     def go_on() -> bool:
+        calls[0] += 1
         return not ended.is_set()
 
-    other = start(tools={"go_on": go_on}, llm_query_fn=str.upper, limits=Limits(helper_calls=10**7))
+    other = start(
+        tools={"go_on": go_on}, llm_query_fn=str.upper, limits=Limits(helper_calls=10**7, cell_total=250)
+    )
     env = start(limits=Limits(restarts=100))
     working = "n = 0\nwhile go_on():\n    n += 1\n    assert llm_query(f'a{n}') == f'A{n}'\nprint('whole')"
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(other.execute, working)
-        for code, _ in DEATHS.values():
-            assert env.execute(code).observation.restarted
-        ended.set()
+        work = pool.submit(lambda: other.execute(working, timeout_s=250))
+        try:
+            for code, _ in DEATHS.values():
+                before = calls[0]
+                assert env.execute(code).observation.restarted
+                assert calls[0] > before
+        finally:
+            ended.set()
         observation = work.result().observation
     assert (observation.status, observation.restarted, observation.result.stdout) == (
         "ok",
         False,
         "whole\n",
     ), observation.result
-    assert int(other.execute("n").observation.result.stdout) > len(DEATHS)
 
 
 def test_a_death_while_a_helper_is_called_is_seen_and_the_call_recorded(start: StartEnv) -> None:

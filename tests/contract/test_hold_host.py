@@ -316,6 +316,9 @@ def test_environments_work_in_workers_of_xdist_and_leave_nothing(own_folder: Pat
     assert not list(own_folder.glob("ke-*"))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # from Python 3.12 on, of a process with threads
 def test_a_forked_child_of_the_host_is_told_to_make_its_own(start: StartEnv) -> None:
     env = start()
     env.execute("x = 1")

@@ -47,8 +47,7 @@ INTERRUPTED = {
     "a queue": "import queue; queue.Queue().get()",
     "a pipe": "import os; r, w = os.pipe(); os.read(r, 1)",
     "a C call that checks for signals": "import re; re.match(r'(a*)*b', 'a' * 40)",
-    "a C call that goes on after a signal": "import ctypes; ctypes.CDLL(None).poll(None, 0, 2)\n"
-    "while ctypes.CDLL(None).usleep(10_000) <= 0: pass",
+    "a C call that is made again and again": "import ctypes\nwhile True: ctypes.CDLL(None).usleep(9)",
     "a loop that blocks SIGINT": """
         import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while True: pass
@@ -96,7 +95,7 @@ KILLED = {
             except BaseException: pass
         """,
     "C code that holds the GIL": "sum(range(10**12))",
-    "foreign code that holds the GIL": """
+    "foreign code that holds the GIL and does not return for signals": """
         import ctypes
         mutex = ctypes.create_string_buffer(64)
         while True: ctypes.PyDLL(None).pthread_mutex_lock(mutex)
@@ -118,7 +117,7 @@ def test_an_interrupt_reaches_the_cell_and_keeps_its_variables(start: StartEnv, 
     begin = time.monotonic()
     observation = env.execute(textwrap.dedent(INTERRUPTED[name])).observation
     assert (observation.status, observation.restarted) == ("timeout", False)
-    assert time.monotonic() - begin < 5  # 1 s until the interrupt, at once on a quiet machine from there
+    assert time.monotonic() - begin < 10  # less than the grace: an interrupt did it, the first one
     assert "it was interrupted and its variables are kept" in observation.result.stderr
     assert observation.lost_variables == []
     after = env.execute("print(kept)").observation
@@ -137,16 +136,20 @@ def test_the_calls_of_a_thread_pool_are_cancelled_and_it_ends_within_a_second(st
 
     env = start(llm_query_fn=model, limits=Limits(cell_total=1.0, interrupt_grace=10))
     took: list[float] = []
-    while min(took, default=1.0) >= 1.0 and len(took) < 5:  # what else this machine does only adds to it
+    for _ in range(5):  # what else this machine does only adds to it
         cancelled.clear()
         observation = env.execute(textwrap.dedent(INTERRUPTED["a thread pool"])).observation
         assert (observation.status, observation.restarted) == ("timeout", False)
         turn = env.episode.turns[-1]
+        if not cancelled:
+            continue  # the second was over before the first call
         took.append(turn.started + observation.result.execution_time - min(cancelled.values()))
         # What the pool had not begun never came to the model.
         assert sorted(cancelled) == sorted(call.arguments["prompt"] for call in turn.helper_calls)
         assert 1 <= len(cancelled) <= 4
         assert all("cancelled" in (call.error or "") for call in turn.helper_calls)
+        if took[-1] < 1.0:
+            break
     assert min(took) < 1.0
 
 
@@ -256,7 +259,9 @@ def test_a_cancelled_step_leaves_the_episode_usable(kind: Kind, name: str) -> No
         begin = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await step
-        assert time.monotonic() - begin < 10  # the second of grace, and a fresh kernel, on a busy machine
+        assert (
+            time.monotonic() - begin < 18
+        )  # less than the grace; else half a second of it, and a fresh kernel
         (turn,) = env.episode.turns
         assert turn.observation.restarted == is_killed
         assert "the caller interrupted it" in (turn.observation.result.exception or "")

@@ -1,0 +1,120 @@
+"""What does not fit is cut and says so: text around one marker, the data of displays, errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_DEEPEST = 100
+_MOST_NOTES = 5
+_LONGEST_NAME = 100
+
+
+def clip(text: str, limit: int, *, dropped: int = 0) -> str:
+    """Keep the head and the tail of `text` around one marker that gives the true length.
+
+    The parts kept make `limit` characters; the marker comes on top. `dropped` characters are missing
+    from `text` already, at a marker of its own.
+    """
+    if len(text) <= limit:
+        return text
+    tail = limit // 2
+    total = len(text) + dropped
+    if dropped:
+        total -= len(marker(total))
+    return text[: limit - tail] + marker(total) + text[len(text) - tail :]
+
+
+def marker(total: int) -> str:
+    """What stands where something is missing of a text of `total` characters."""
+    return f"\n... (truncated, total {total} chars) ...\n"
+
+
+def valid_display(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data and metadata of a display as the notebook format allows them.
+
+    Raises:
+        ValueError, TypeError: they are no objects, or nested too deeply.
+    """
+    metadata = dict(content.get("metadata") or {})
+    data = {mime: _valid_data(mime, value) for mime, value in dict(content.get("data") or {}).items()}
+    return data, _valid_json(metadata) if metadata else metadata
+
+
+def fit_display(
+    data: dict[str, Any], metadata: dict[str, Any], limit: int, *, dropped: int = 0
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What of a display fits into `limit` characters, and how many are missing from its text.
+
+    Its text is cut; the rest is kept whole where it finds room beside it, for half an image or half a page is
+    worth nothing, and else named in the text. `dropped` characters are missing from the text already.
+    """
+    text = data.get("text/plain", "")
+    room = max(limit - len(text), 0)
+    kept: dict[str, Any] = {}
+    gone: dict[str, int] = {}
+    for mime, value in data.items():
+        if mime == "text/plain":
+            continue
+        size = len(value) if isinstance(value, str) else len(repr(value))
+        if size + len(mime) <= room:
+            kept[mime] = value
+            room -= size + len(mime)
+        else:
+            gone[mime] = size
+    if metadata and (size := len(repr(metadata))) > room:
+        metadata, gone["metadata"] = {}, size
+    if "text/plain" not in data and not gone:
+        return kept, metadata, dropped
+    notes = _notes(gone)
+    room = max(limit - len(notes), 0)
+    kept["text/plain"] = "\n".join(filter(None, [clip(text, room, dropped=dropped), notes]))
+    return kept, metadata, dropped + max(len(text) - room, 0)
+
+
+def fit_error(content: dict[str, Any], limit: int, *, dropped: int = 0) -> tuple[dict[str, Any], int]:
+    """The fields of an error within `limit` characters, and how many are missing from its traceback."""
+    ename, evalue = (clip(str(content.get(field, "")), max(limit // 4, 64)) for field in ("ename", "evalue"))
+    lines = [str(line) for line in content.get("traceback") or []]
+    text = "\n".join(lines)
+    room = max(limit - len(ename) - len(evalue), 0)
+    if len(text) > room:
+        lines, dropped = [clip(text, room, dropped=dropped)], dropped + len(text) - room
+    return {"ename": ename, "evalue": evalue, "traceback": lines}, dropped
+
+
+def _notes(gone: dict[str, int]) -> str:
+    notes = [
+        f"<{name[:_LONGEST_NAME]} of {size} chars, over Limits.cell_output, not kept>"
+        for name, size in list(gone.items())[:_MOST_NOTES]
+    ]
+    if len(gone) > _MOST_NOTES:
+        notes.append(f"<{len(gone) - _MOST_NOTES} more, not kept>")
+    return "\n".join(notes)
+
+
+def _valid_data(mime: str, value: Any) -> Any:
+    """Text, but for JSON types, which have no NaN."""
+    if isinstance(value, str):
+        return value
+    is_json = mime == "application/json" or mime.endswith("+json")
+    if not is_json and isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "".join(value)
+    value = _valid_json(value)
+    return value if is_json else json.dumps(value)
+
+
+def _valid_json(value: Any) -> Any:
+    """`value` without NaN, which JSON does not have.
+
+    Raises:
+        ValueError: it is nested so deeply that who reads the record would run out of stack.
+    """
+    pending = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise ValueError(f"an output is nested over {_DEEPEST} deep")
+        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        pending.extend((child, depth + 1) for child in children)
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
