@@ -99,7 +99,8 @@ class KernelProcess:
         self._loop.add_reader(self._stderr, self._read_stderr)
         for channel in self._sockets.values():
             self._loop.add_reader(_fileno(channel), self.drain)
-        self.drain()
+        # Not at once: whoever takes the messages is about to be told of this process.
+        self._loop.call_soon(self.drain)
         _live.add(self)
 
     @classmethod

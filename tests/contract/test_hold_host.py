@@ -18,10 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import zmq
 from jupyter_client.manager import start_new_kernel
 
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv, UsageError
 from kernel_env.folder import sweep
+from kernel_env.process import KernelProcess
 from tests.processes import PID_OF_ENV, pid_of, pid_outside, wait_for_the_end
 
 from .conftest import Kind, StartEnv
@@ -291,6 +293,7 @@ def test_a_full_disk_is_an_error_that_names_it_and_loses_nothing(own_folder: Pat
 
 IN_A_WORKER = """
 import pytest
+import zmq
 from kernel_env import LocalREPLEnv
 
 @pytest.mark.parametrize("number", range(4))
@@ -381,3 +384,22 @@ def test_a_start_without_a_folder_names_the_place(monkeypatch: pytest.MonkeyPatc
     with pytest.raises((KernelStartError, ConfigError), match="/proc/nowhere"):
         LocalREPLEnv().reset()
     assert time.monotonic() - begin < 5
+
+
+def test_what_a_kernel_says_before_it_is_known_is_heard(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = KernelProcess._connect
+
+    def connect_late(process: KernelProcess, channel: str, socket_type: int) -> zmq.Socket[bytes]:
+        socket = original(process, channel, socket_type)
+        if channel == "iopub":
+            socket.poll(10_000)
+            time.sleep(0.1)  # more than the first message is there, at most times
+        return socket
+
+    monkeypatch.setattr(KernelProcess, "_connect", connect_late)
+    with caplog.at_level("WARNING", "kernel_env"), LocalREPLEnv(**kind.options) as env:
+        env.reset()
+        assert env.execute("1").observation.result.stdout == "1\n"
+    assert "not taken" not in caplog.text
