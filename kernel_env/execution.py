@@ -200,8 +200,7 @@ class Running:
         """What came of the request, and how the process ended, if it did."""
         reply, why = self.reply or {}, self.why
         status: Status = "ok" if reply.get("status") == "ok" else "error"
-        ename, evalue = reply.get("ename", reply.get("status")), reply.get("evalue", "")
-        exception = None if status == "ok" else f"{ename}: {evalue}"
+        exception = None if status == "ok" else self.outputs.exception_of(reply)
         report = _report(reply)
         notes = [f"Restored: {', '.join(report.restored)}."] if report and report.restored else []
         notes += report.notes if report else []
@@ -232,7 +231,7 @@ class Running:
         return Execution(
             status=status,
             outputs=self.outputs.finish(kernel_died=self.died),
-            execution_count=count if isinstance(count, int) else None,
+            execution_count=count if type(count) is int and 0 <= count < 2**31 else None,
             exception=exception,
             notes=tuple(notes),
             report=report,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 _DEEPEST = 100
 _MOST_NOTES = 5
 _LONGEST_NAME = 100
+_MOST_LINES = 1000  # of a traceback
+_MARKER = 64  # characters of one and more; what is no longer is not worth cutting
+_ROOM_AROUND = 3 * _MARKER  # so that what is cut fits with its marker, and with what counts as its weight
+_JSON = re.compile(r"application/(.*\+)?json")  # the types that nbformat 4.5 lets hold anything but text
 
 
 def clip(text: str, limit: int, *, dropped: int = 0) -> str:
@@ -66,21 +71,37 @@ def fit_display(
         metadata, gone["metadata"] = {}, size
     if "text/plain" not in data and not gone:
         return kept, metadata, dropped
-    notes = _notes(gone)
-    room = max(limit - len(notes), 0)
-    kept["text/plain"] = "\n".join(filter(None, [clip(text, room, dropped=dropped), notes]))
-    return kept, metadata, dropped + max(len(text) - room, 0)
+    notes = _notes(gone)[: max(limit, 2 * _MARKER)]
+    shown, missing = _cut(text, max(limit - len(notes), 0), dropped)
+    kept["text/plain"] = "\n".join(filter(None, [shown, notes]))
+    return kept, metadata, missing
 
 
 def fit_error(content: dict[str, Any], limit: int, *, dropped: int = 0) -> tuple[dict[str, Any], int]:
-    """The fields of an error within `limit` characters, and how many are missing from its traceback."""
-    ename, evalue = (clip(str(content.get(field, "")), max(limit // 4, 64)) for field in ("ename", "evalue"))
-    lines = [str(line) for line in content.get("traceback") or []]
+    """The fields of an error within `limit` characters, and how many are missing from its traceback.
+
+    Raises:
+        ValueError: its traceback is no list.
+    """
+    ename, evalue = (
+        clip(str(content.get(name, "")), max(limit // 4, _MARKER)) for name in ("ename", "evalue")
+    )
+    lines = content.get("traceback") or []
+    if not isinstance(lines, list):
+        raise ValueError(f"a traceback is a list of lines, not {type(lines).__name__}")
+    lines = [str(line) for line in lines]
     text = "\n".join(lines)
-    room = max(limit - len(ename) - len(evalue), 0)
-    if len(text) > room:
-        lines, dropped = [clip(text, room, dropped=dropped)], dropped + len(text) - room
-    return {"ename": ename, "evalue": evalue, "traceback": lines}, dropped
+    shown, missing = _cut(text, max(limit - len(ename) - len(evalue), 0), dropped)
+    if shown is not text or len(lines) > _MOST_LINES:
+        lines = [shown]
+    return {"ename": ename, "evalue": evalue, "traceback": lines}, missing
+
+
+def _cut(text: str, room: int, dropped: int) -> tuple[str, int]:
+    if len(text) <= max(room, _MARKER):
+        return text, dropped
+    limit = max(room - _ROOM_AROUND, room // 2)
+    return clip(text, limit, dropped=dropped), dropped + len(text) - limit
 
 
 def _notes(gone: dict[str, int]) -> str:
@@ -97,7 +118,7 @@ def _valid_data(mime: str, value: Any) -> Any:
     """Text, but for JSON types, which have no NaN."""
     if isinstance(value, str):
         return value
-    is_json = mime == "application/json" or mime.endswith("+json")
+    is_json = _JSON.fullmatch(mime) is not None
     if not is_json and isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "".join(value)
     value = _valid_json(value)

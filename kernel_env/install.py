@@ -21,6 +21,7 @@ from kernel_env.types import Isolation
 __all__ = ["GUEST_MODULES", "RUN_BOOT", "KernelSetup", "describe", "install_request"]
 
 _GUEST = Path(__file__).parent / "guest"
+_MESSAGE_CHARS = 2**16  # at least: also a header and a status are messages
 GUEST_MODULES = ("limits", "bridge", "streams", "messages", "guard", "seeds", "tracebacks", "helpers")
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
@@ -88,7 +89,7 @@ def install_request(setup: KernelSetup, bridge: Bridge, session: str, *, has_gue
         "seed": setup.seed,
         "preload": [] if has_guest else list(setup.preload),
         "is_blank": setup.is_blank,
-        "message_chars": limits.cell_output,
+        "message_chars": max(limits.cell_output, _MESSAGE_CHARS),
         "stream_chars": half(limits.cell_output),
         "limits": _of_process(setup),
     }

@@ -25,6 +25,7 @@ __all__ = ["LiveKernel", "execute_content"]
 
 _MESSAGE_BYTES = 2**24  # of a message besides the cell's text: code, names, tracebacks
 _OTHERS = 100
+_ID_CHARS = 1000
 _OUT_OF_MEMORY = re.compile("MemoryError|bad_alloc|[Cc]annot allocate memory|[Oo]ut of memory")
 _PRELOAD = "PreloadError: "
 _ATTEMPTS = 100
@@ -329,9 +330,9 @@ class LiveKernel:
     def _note_others(self, request: object, state: object) -> None:
         had_others = bool(self._others)
         if state == "busy" and isinstance(request, str) and len(self._others) < _OTHERS:
-            self._others.add(request)
+            self._others.add(request[:_ID_CHARS])
         elif state == "idle":
-            self._others.discard(str(request))
+            self._others.discard(str(request)[:_ID_CHARS])
         if had_others != bool(self._others):
             self._tell_of_others()
 

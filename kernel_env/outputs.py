@@ -6,9 +6,10 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from kernel_env.fitting import fit_display, fit_error, marker, valid_display
+from kernel_env.fitting import clip, fit_display, fit_error, marker, valid_display
 
 __all__ = [
     "Output",
@@ -26,7 +27,8 @@ Output = dict[str, Any]
 
 _LARGEST_PIECE = 2**16
 _OVERHEAD = 64
-_ROOM_AROUND = 256  # of what is cut to fit: its marker, names, `_OVERHEAD`
+_SMALL_PIECE = 256  # of a stream: what comes after it is added to it
+_LONGEST_ID = 1000
 _MOST_OF_ONE_ID = 100  # displays that an update changes; each costs a copy
 _MOST_CLEARED = 10_000
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
@@ -40,13 +42,15 @@ _OTHER_PATH = re.compile(r"(?<=File )(\"?)[/~][^\n\":]*/(?=[^\n\":/]+)")
 class _Piece:
     output: Output
     size: int
+    overhead: int
+    missing: int = 0
     display_id: str | None = None
     in_tail: bool = False
 
     @property
     def weight(self) -> int:
         """What it takes of the limit: any number of empty displays would be "within" one of text alone."""
-        return self.size + (0 if self.output["output_type"] == "stream" else _OVERHEAD)
+        return self.size + self.overhead
 
 
 class Outputs:
@@ -57,7 +61,7 @@ class Outputs:
 
     def __init__(self, limit: int) -> None:
         self._half = half(limit)
-        self._largest = max(self._half - _ROOM_AROUND, 1)
+        self._largest = max(self._half - _OVERHEAD, 1)
         self._piece = max(min(limit // 16, _LARGEST_PIECE), 1)
         self._on_output: Callable[[Output], None] | None = None
         self._clear_before_next = False
@@ -70,8 +74,7 @@ class Outputs:
         self._tail: deque[_Piece] = deque()
         self._sizes = [0, 0]  # of head and tail
         self._is_head_full = False
-        if len(self._cleared) < _MOST_CLEARED:
-            self._cleared.update(self._displays)
+        self._cleared.update(islice(self._displays, max(_MOST_CLEARED - len(self._cleared), 0)))
         self._displays = {}
         self._totals: Counter[str] = Counter()
         self._streamed: Counter[str] = Counter()  # of the totals, what came on the stream itself
@@ -108,19 +111,46 @@ class Outputs:
             self._take(*made, display_id)
 
     def _take(self, output: Output, missing: int, display_id: str | None) -> None:
-        if missing:
-            name = _stream_of(output)
-            self.dropped[name] += missing
-            self._totals[name] += missing
-            if output["output_type"] == "stream":  # elsewhere the marker stands in the text itself
-                self._gaps.add(name)
+        self._miss(_stream_of(output), missing)
+        if output["output_type"] == "stream":
+            if missing:
+                self._gaps.add(output["name"])
                 self._is_head_full = True
                 return
-        for piece in _pieces(output, self._piece):
-            is_display = output["output_type"] in ("display_data", "execute_result")
-            self._keep(_Piece(piece, _size(piece), display_id if is_display else None))
+            for text in _pieces(output["text"], self._piece):
+                self._keep_text(output["name"], text)
+        else:  # the marker stands in the text itself
+            is_display = output["output_type"] != "error"
+            self._keep(_Piece(output, _size(output), _OVERHEAD, missing, display_id if is_display else None))
         if self._on_output is not None:
             self._on_output(output)
+
+    def _miss(self, name: str, count: int) -> None:
+        self._totals[name] += count
+        self.dropped[name] += count
+        if not self.dropped[name]:
+            del self.dropped[name]
+
+    def _keep_text(self, name: str, text: str) -> None:
+        pieces = self._tail if self._is_head_full else self._head
+        last = pieces[-1] if pieces else None
+        continues = last is None or last.output.get("name") == name
+        is_full = not self._is_head_full and self._sizes[0] + len(text) > self._half
+        if last is None or not continues or is_full or last.size > _SMALL_PIECE:
+            self._keep(_Piece(_stream(name, text), len(text), 0 if continues else _OVERHEAD))
+            return
+        last.output = _stream(name, last.output["text"] + text)
+        last.size += len(text)
+        self._sizes[last.in_tail] += len(text)
+        self._totals[name] += len(text)
+        self._streamed[name] += len(text)
+        self._trim()
+
+    def exception_of(self, reply: dict[str, Any]) -> str:
+        """What the reply of a cell that failed says of it, in one line if the exception has one."""
+        ename, evalue = reply.get("ename", reply.get("status")), reply.get("evalue", "")
+        texts = [clip(text, self._half) if isinstance(text, str) else "?" for text in (ename, evalue)]
+        return ": ".join(texts)
 
     def finish(self, *, kernel_died: bool = False) -> list[Output]:
         """The outputs so far, neighbouring pieces of one stream joined."""
@@ -144,8 +174,9 @@ class Outputs:
             before = piece.weight
             room = max(self._half - self._sizes[piece.in_tail] + piece.size, 0)
             fitted = fit_display(data, metadata, min(room, self._largest), dropped=dropped)
-            piece.output["data"], piece.output["metadata"], _ = fitted
-            piece.size = _size(piece.output)
+            piece.output["data"], piece.output["metadata"], missing = fitted
+            self._miss(_stream_of(piece.output), missing - piece.missing)
+            piece.missing, piece.size = missing, _size(piece.output)
             self._sizes[piece.in_tail] += piece.weight - before
 
     def _keep(self, piece: _Piece) -> None:
@@ -166,6 +197,9 @@ class Outputs:
         self._is_head_full = piece.in_tail = True
         self._tail.append(piece)
         self._sizes[1] += piece.weight
+        self._trim()
+
+    def _trim(self) -> None:
         while self._sizes[1] > self._half and len(self._tail) > 1:
             self._drop(self._tail.popleft())
 
@@ -195,6 +229,8 @@ def _stream(name: str, text: str) -> Output:
 
 def _display_id(content: dict[str, Any]) -> str | None:
     identifier = (content.get("transient") or {}).get("display_id")
+    if isinstance(identifier, str) and len(identifier) > _LONGEST_ID:
+        raise ValueError(f"a display id of {len(identifier)} characters")
     return identifier if isinstance(identifier, str) else None
 
 
@@ -212,7 +248,7 @@ def _output_of(
             output: Output = {"output_type": kind, "data": data, "metadata": metadata}
             if message_type == "execute_result":
                 count = content.get("execution_count")
-                output["execution_count"] = count if isinstance(count, int) and 0 <= count < 2**31 else None
+                output["execution_count"] = count if type(count) is int and 0 <= count < 2**31 else None
             return output, missing
         case "error":
             fields, missing = fit_error(content, limit, dropped=dropped)
@@ -220,12 +256,9 @@ def _output_of(
     return None
 
 
-def _pieces(output: Output, size: int) -> Iterable[Output]:
+def _pieces(text: str, size: int) -> Iterator[str]:
     """A stream's text in pieces, so that what is dropped can be dropped finely."""
-    if output["output_type"] != "stream" or len(output["text"]) <= size:
-        return [output]
-    text = output["text"]
-    return [{**output, "text": text[at : at + size]} for at in range(0, len(text), size)]
+    return (text[at : at + size] for at in range(0, len(text), size))
 
 
 def _stream_of(output: Output) -> str:
@@ -237,7 +270,11 @@ def _size(output: Output) -> int:
         case "stream":
             return len(output["text"])
         case "error":
-            return len(output["ename"]) + len(output["evalue"]) + sum(map(len, output["traceback"]))
+            return (
+                len(output["ename"])
+                + len(output["evalue"])
+                + sum(len(line) + 1 for line in output["traceback"])
+            )
         case _:
             data, metadata = output["data"], output["metadata"]
             sizes = (len(key) + (len(v) if isinstance(v, str) else len(repr(v))) for key, v in data.items())

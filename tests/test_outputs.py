@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
+import nbformat
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernel_env.fitting import clip
 from kernel_env.guest.messages import shortened
-from kernel_env.outputs import Outputs, plain_traceback, stderr_text, stdout_text
+from kernel_env.outputs import Outputs, _size, plain_traceback, stderr_text, stdout_text
 
 
 def stream(text: str, name: str = "stdout") -> tuple[str, dict[str, Any]]:
@@ -203,3 +207,103 @@ def test_an_exception_that_both_sides_cut_has_its_true_length(limit: int) -> Non
     assert "(truncated, total 500010 chars)" in line
     assert "(truncated, total 500000 chars)" in output["evalue"]
     assert held([output]) < limit
+
+
+MESSAGES = st.one_of(
+    st.builds(stream, st.text(max_size=400), st.sampled_from(["stdout", "stderr"])),
+    st.builds(
+        display,
+        st.text(max_size=400),
+        st.sampled_from([None, "a", "b"]),
+        st.sampled_from(["display_data", "update_display_data", "execute_result"]),
+    ),
+    st.builds(
+        lambda mime, text, plain: ("display_data", {"data": {mime: text} | plain, "metadata": {"m": text}}),
+        st.sampled_from(["image/png", "application/json", "model/gltf+json", "application/x+json"]),
+        st.text(max_size=400) | st.lists(st.text(max_size=20)) | st.just({"a": [1, None, float("nan")]}),
+        st.sampled_from([{}, {"text/plain": "p"}, {"text/plain": ["p\n", "q"]}]),
+    ),
+    st.builds(
+        lambda text, lines: ("error", {"ename": "E", "evalue": text, "traceback": [text] * lines}),
+        st.text(max_size=400),
+        st.integers(0, 50),
+    ),
+    st.builds(lambda wait: ("clear_output", {"wait": wait}), st.booleans()),
+    st.just(("error", {"traceback": "no list"})),
+    st.just(("stream", {"name": "stdout", "text": "lost", "dropped": 7})),
+    st.just(("execute_result", {"data": {}, "execution_count": True})),
+    st.just(("display_data", {"data": {}, "transient": {"display_id": "i" * 2000}})),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(MESSAGES, max_size=60), st.integers(1, 3000))
+def test_any_messages_are_bounded_counted_and_valid(
+    messages: list[tuple[str, dict[str, Any]]], limit: int
+) -> None:
+    outputs = Outputs(limit)
+    for message in messages:
+        with contextlib.suppress(ValueError):
+            outputs.add(*message)
+        pieces = [outputs._head, outputs._tail]
+        assert outputs._sizes == [sum(piece.weight for piece in half) for half in pieces]
+        assert all(piece.size == _size(piece.output) for half in pieces for piece in half)
+    got = outputs.finish()
+    assert held(got) < 20 * limit + 20_000
+    cell = nbformat.v4.new_code_cell("", outputs=[nbformat.from_dict(o) for o in got])  # type: ignore[no-untyped-call]
+    nbformat.validate(nbformat.v4.new_notebook(cells=[cell]))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ("display_data", {"data": {}, "transient": {"display_id": "i" * 100_000}}),
+        ("error", {"ename": "", "evalue": "", "traceback": [""] * 4700}),
+        ("error", {"ename": "", "evalue": "", "traceback": "x" * 100_000}),
+    ],
+)
+def test_what_weighs_nothing_cannot_be_piled_up(message: tuple[str, dict[str, Any]]) -> None:
+    outputs = Outputs(10_000)
+    for _ in range(100):
+        with contextlib.suppress(ValueError):
+            outputs.add(*message)
+    assert held(outputs.finish()) < 20_000
+    assert not outputs._displays
+
+
+def test_characters_that_come_alone_are_kept_together() -> None:
+    outputs = Outputs(10**6)
+    for n in range(10_000):
+        outputs.add(*stream(str(n % 10)))
+    assert len(outputs._head) < 50
+    (output,) = outputs.finish()
+    assert output["text"] == "0123456789" * 1000
+
+
+def test_streams_in_turns_are_bounded_with_what_they_take_around_them() -> None:
+    turns = [stream("x", name) for _ in range(5_000) for name in ("stdout", "stderr")]
+    assert held(collect(*turns, limit=10_000)) < 30_000
+
+
+@pytest.mark.parametrize("limit", [64, 100, 500, 514, 1000])
+def test_a_short_result_is_whole_within_a_small_limit(limit: int) -> None:
+    (output,) = collect(display("r" * 44), limit=limit)
+    assert output["data"] == {"text/plain": "r" * 44}
+
+
+def test_an_update_of_a_full_head_is_not_cut_to_be_longer() -> None:
+    outputs = Outputs(10_000)
+    outputs.add(*display("0%", "bar"))
+    for n in range(200):
+        outputs.add(*display(f"{n}"))
+    outputs.add(*display("100% done: 15 of 15 files", "bar", "update_display_data"))
+    assert outputs.finish()[0]["data"] == {"text/plain": "100% done: 15 of 15 files"}
+
+
+def test_what_an_update_cuts_is_counted_and_what_it_brings_back_no_longer() -> None:
+    outputs = Outputs(10_000)
+    outputs.add(*display("1", "a"))
+    outputs.add(*display("x" * 50_000, "a", "update_display_data"))
+    assert outputs.dropped["stdout"] > 40_000
+    outputs.add(*display("2", "a", "update_display_data"))
+    assert not outputs.dropped
