@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kernel_env.calls import Cell
 from kernel_env.episode import HelperCall
+from kernel_env.fitting import valid_count
 from kernel_env.meter import LOOK_EVERY, Breach
 from kernel_env.outputs import Output, Outputs, without_colours
 from kernel_env.types import Status, Usage
@@ -227,11 +228,10 @@ class Running:
             status = "out_of_memory" if is_out_of_memory else "died"
             exception = f"KernelDied: the kernel {end}"
             notes.append(f"The kernel {end}.")
-        count = reply.get("execution_count")
         return Execution(
             status=status,
             outputs=self.outputs.finish(kernel_died=self.died),
-            execution_count=count if type(count) is int and 0 <= count < 2**31 else None,
+            execution_count=valid_count(reply.get("execution_count")),
             exception=exception,
             notes=tuple(notes),
             report=report,

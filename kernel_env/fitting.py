@@ -35,6 +35,16 @@ def marker(total: int) -> str:
     return f"\n... (truncated, total {total} chars) ...\n"
 
 
+def size_of(value: Any) -> int:
+    """Characters of text, or of anything else as Python writes it."""
+    return len(value) if isinstance(value, str) else len(repr(value))
+
+
+def valid_count(value: Any) -> int | None:
+    """`value` if the notebook format takes it as an execution count."""
+    return value if type(value) is int and 0 <= value < 2**31 else None
+
+
 def valid_display(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Data and metadata of a display as the notebook format allows them.
 
@@ -61,13 +71,13 @@ def fit_display(
     for mime, value in data.items():
         if mime == "text/plain":
             continue
-        size = len(value) if isinstance(value, str) else len(repr(value))
+        size = size_of(value)
         if size + len(mime) <= room:
             kept[mime] = value
             room -= size + len(mime)
         else:
             gone[mime] = size
-    if metadata and (size := len(repr(metadata))) > room:
+    if metadata and (size := size_of(metadata)) > room:
         metadata, gone["metadata"] = {}, size
     if "text/plain" not in data and not gone:
         return kept, metadata, dropped

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from kernel_env.fitting import clip, fit_display, fit_error, marker, valid_display
+from kernel_env.fitting import (
+    clip,
+    fit_display,
+    fit_error,
+    marker,
+    size_of,
+    valid_count,
+    valid_display,
+)
 
 __all__ = [
     "Output",
@@ -117,11 +125,15 @@ class Outputs:
                 self._gaps.add(output["name"])
                 self._is_head_full = True
                 return
-            for text in _pieces(output["text"], self._piece):
-                self._keep_text(output["name"], text)
+            name, text = output["name"], output["text"]
+            self._totals[name] += len(text)
+            self._streamed[name] += len(text)
+            for piece in _pieces(text, self._piece):
+                self._keep_text(name, piece)
         else:  # the marker stands in the text itself
-            is_display = output["output_type"] != "error"
-            self._keep(_Piece(output, _size(output), _OVERHEAD, missing, display_id if is_display else None))
+            size, is_display = _size(output), output["output_type"] != "error"
+            self._totals[_stream_of(output)] += size
+            self._keep(_Piece(output, size, _OVERHEAD, missing, display_id if is_display else None))
         if self._on_output is not None:
             self._on_output(output)
 
@@ -142,8 +154,6 @@ class Outputs:
         last.output = _stream(name, last.output["text"] + text)
         last.size += len(text)
         self._sizes[last.in_tail] += len(text)
-        self._totals[name] += len(text)
-        self._streamed[name] += len(text)
         self._trim()
 
     def exception_of(self, reply: dict[str, Any]) -> str:
@@ -180,9 +190,6 @@ class Outputs:
             self._sizes[piece.in_tail] += piece.weight - before
 
     def _keep(self, piece: _Piece) -> None:
-        self._totals[_stream_of(piece.output)] += piece.size
-        if piece.output["output_type"] == "stream":
-            self._streamed[piece.output["name"]] += piece.size
         if piece.display_id is not None:
             self._cleared.discard(piece.display_id)
             shown = self._displays.setdefault(piece.display_id, {})
@@ -247,8 +254,7 @@ def _output_of(
             kind = message_type.removeprefix("update_")
             output: Output = {"output_type": kind, "data": data, "metadata": metadata}
             if message_type == "execute_result":
-                count = content.get("execution_count")
-                output["execution_count"] = count if type(count) is int and 0 <= count < 2**31 else None
+                output["execution_count"] = valid_count(content.get("execution_count"))
             return output, missing
         case "error":
             fields, missing = fit_error(content, limit, dropped=dropped)
@@ -270,15 +276,12 @@ def _size(output: Output) -> int:
         case "stream":
             return len(output["text"])
         case "error":
-            return (
-                len(output["ename"])
-                + len(output["evalue"])
-                + sum(len(line) + 1 for line in output["traceback"])
-            )
+            lines = sum(len(line) + 1 for line in output["traceback"])
+            return len(output["ename"]) + len(output["evalue"]) + lines
         case _:
             data, metadata = output["data"], output["metadata"]
-            sizes = (len(key) + (len(v) if isinstance(v, str) else len(repr(v))) for key, v in data.items())
-            return sum(sizes) + (len(repr(metadata)) if metadata else 0)
+            sizes = (len(key) + size_of(value) for key, value in data.items())
+            return sum(sizes) + (size_of(metadata) if metadata else 0)
 
 
 def _joined(outputs: Iterable[Output]) -> list[Output]:
