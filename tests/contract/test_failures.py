@@ -30,7 +30,7 @@ def test_a_cell_past_its_time_is_interrupted_and_keeps_its_variables(make: MakeF
     env.reset()
     start = time.monotonic()
     observation = env.execute(f"x = 1\nprint('before', flush=True)\n{code}", timeout_s=0.5)
-    assert time.monotonic() - start < 20  # of the 60 that the cell would take
+    assert time.monotonic() - start < 2.5
     assert (observation.status, observation.restarted, observation.done) == ("timeout", False, False)
     assert observation.result.stdout == "before\n"
     assert observation.result.exception == (
@@ -72,7 +72,7 @@ def test_a_cell_that_ends_its_kernel_is_an_observation(make: MakeFacade, code: s
     env.execute("x = 1")
     start = time.monotonic()
     observation = env.execute(f"print('before', flush=True)\narrived()\n{code}")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 5
     assert (observation.status, observation.restarted, observation.done) == ("died", True, False)
     assert observation.result.exception == f"KernelDied: the kernel {end}"
     assert observation.result.stdout == "before\n"
@@ -134,7 +134,7 @@ def test_total_time_bounds_the_waiting_too_and_cancels_the_call(make: MakeFacade
     env.reset()
     start = time.monotonic()
     observation = env.execute("llm_query('x')")
-    assert time.monotonic() - start < 20  # of the hour that the call would take
+    assert time.monotonic() - start < 2.5
     assert observation.status == "timeout"
     assert observation.result.exception is not None
     assert "more than 1 s in all" in observation.result.exception

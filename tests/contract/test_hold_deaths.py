@@ -74,7 +74,7 @@ def assert_told_within_a_second(env: LocalREPLEnv, death: Death) -> None:
     """The last turn of `env` ended at most a second after `death`; its fresh kernel came on top."""
     turn = env.episode.turns[-1]
     assert death.until(turn.started + turn.observation.result.execution_time) < 1.0
-    assert death.until(time.time()) < 30  # on a busy machine
+    assert death.until(time.time()) < 10  # on a busy machine
 
 
 @pytest.mark.parametrize("name", DEATHS)
@@ -251,7 +251,7 @@ def test_a_death_at_the_start_is_an_error_that_says_how(
         begin = time.monotonic()
         with pytest.raises(KernelStartError, match=end):
             env.reset()
-        assert time.monotonic() - begin < 20  # it was not waited for until `kernel_start`
+        assert time.monotonic() - begin < 10  # it was not waited for until `kernel_start`
     env.reset()
     assert env.execute("print('on')").observation.result.stdout == "on\n"
     env.close()

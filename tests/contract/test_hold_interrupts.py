@@ -117,7 +117,7 @@ def test_an_interrupt_reaches_the_cell_and_keeps_its_variables(start: StartEnv, 
     begin = time.monotonic()
     observation = env.execute(textwrap.dedent(INTERRUPTED[name])).observation
     assert (observation.status, observation.restarted) == ("timeout", False)
-    assert time.monotonic() - begin < 10  # less than the grace: an interrupt did it, the first one
+    assert time.monotonic() - begin < 5  # 1 s until the interrupt, at once on a quiet machine from there
     assert "it was interrupted and its variables are kept" in observation.result.stderr
     assert observation.lost_variables == []
     after = env.execute("print(kept)").observation
