@@ -10,6 +10,7 @@ import pytest
 
 from kernel_env import Episode, LocalREPLEnv, REPLAction, REPLEnvironment, REPLObservation, REPLState
 from tests.conftest import NEEDS_SANDBOX
+from tests.processes import pid_of
 
 
 class Facade(Protocol):
@@ -27,6 +28,7 @@ class Facade(Protocol):
 
 MakeFacade = Callable[..., Facade]
 StartEnv = Callable[..., LocalREPLEnv]
+LendEnv = Callable[..., LocalREPLEnv]
 
 
 class Kind(NamedTuple):
@@ -152,3 +154,56 @@ def start(kind: Kind) -> Iterator[StartEnv]:
     yield start_one
     for env in made:
         env.close()
+
+
+class Lender:
+    """Episodes that the tests of a module take turns with, for cells after which the kernel goes on.
+
+    A test gets one that it made itself, or that worked after the test before in the kernel it began with: so
+    each finds what it broke itself. After `TURNS` tests a new one begins: what a kernel logs has an end.
+    """
+
+    TURNS = 15
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[LocalREPLEnv, list[int]]] = {}
+        self._lent: set[str] = set()
+
+    def lend(self, options: dict[str, Any]) -> LocalREPLEnv:
+        """The episode for these options, until `take_back`."""
+        key = repr(sorted(options.items()))
+        if key not in self._held:
+            env = LocalREPLEnv(**options)
+            self._held[key] = env, []
+            env.reset(max_iterations=10**6)
+        env, pids = self._held[key]
+        pids.append(pid_of(env))
+        self._lent.add(key)
+        return env
+
+    def take_back(self) -> None:
+        """Keep what was lent, or close it."""
+        for key in self._lent:
+            env, pids = self._held[key]
+            went_well = env.execute("1").observation.result.stdout == "1\n" and pid_of(env) == pids[0]
+            if not went_well or len(pids) == self.TURNS:
+                self._held.pop(key)[0].close()
+        self._lent.clear()
+
+    def close(self) -> None:
+        for env, _ in self._held.values():
+            env.close()
+
+
+@pytest.fixture(scope="module")
+def lender() -> Iterator[Lender]:
+    lender = Lender()
+    yield lender
+    lender.close()
+
+
+@pytest.fixture
+def lend(kind: Kind, lender: Lender) -> Iterator[LendEnv]:
+    """Lend an episode in the kind of kernel under test, `lend(**options)`; others had it and will have it."""
+    yield lambda **options: lender.lend(kind.options | options)
+    lender.take_back()

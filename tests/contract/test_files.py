@@ -18,7 +18,7 @@ from kernel_env import (
     ResetRequired,
 )
 
-from .conftest import Kind, StartEnv
+from .conftest import Kind, LendEnv, StartEnv
 
 
 def names(env: LocalREPLEnv) -> list[str]:
@@ -92,9 +92,10 @@ except PermissionError:
         *("nothing", "plain/x", 5, None, "x" * 5000),
     ],
 )
-def test_only_a_regular_file_of_the_working_directory_comes_out(start: StartEnv, name: Any) -> None:
-    env = start()
-    assert env.execute(TRAPS).observation.status == "ok"
+def test_only_a_regular_file_of_the_working_directory_comes_out(lend: LendEnv, name: Any) -> None:
+    env = lend()
+    if not env.artifacts():  # else an earlier test laid them
+        assert env.execute(TRAPS).observation.status == "ok"
     assert names(env) == ["locked/file", "plain"]
     with pytest.raises(ArtifactError):
         env.read_artifact(name)

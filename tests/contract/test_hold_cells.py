@@ -8,7 +8,7 @@ import pytest
 
 from kernel_env import Limits, LocalREPLEnv
 
-from .conftest import Kind, StartEnv
+from .conftest import Kind, LendEnv, StartEnv
 from .hostile import KEPT, LOST, LOST_UNLESS_FORKED, RAISING_TIMER, cell
 
 NEXT = "print('next', llm_query('q'), len(context))\n40 + 2"
@@ -85,8 +85,8 @@ def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(
         ("FINAL = llm_query = 1", "FINAL, llm_query"),
     ],
 )
-def test_what_was_put_back_is_named(start: StartEnv, code: str, restored: str) -> None:
-    env = start(llm_query_fn=str.upper)
+def test_what_was_put_back_is_named(lend: LendEnv, code: str, restored: str) -> None:
+    env = lend(llm_query_fn=str.upper)
     observation = env.execute(code).observation
     assert f"[kernel_env] Restored: {restored}." in observation.result.stderr
 
@@ -140,14 +140,15 @@ def test_a_value_s_text_may_do_what_it_likes_wherever_it_is_shown(start: StartEn
     env = start(
         {"context": "ctx"},
         llm_query_fn=str.upper,
-        limits=Limits(cell_active=2 if name in ("spins", "sleeps") else 15, interrupt_grace=1, restarts=100),
+        limits=Limits(interrupt_grace=1, restarts=100),
     )
+    timeout = 1 if name in ("spins", "sleeps") else 15
     is_large = name == "is of 1 GB"  # which takes seconds each time
     for use, code in USES.items():
         if is_large and use not in ("a result", "an answer"):
             continue
         env.execute(BAD.format(TEXTS_OF_THEIR_OWN[name]))
-        observation = env.execute(code).observation
+        observation = env.execute(code, timeout_s=timeout).observation
         ends = {"ok", "error", "timeout"} | ({"died", "out_of_memory"} if is_large else set())
         assert observation.status in ends, use
         assert observation.result.execution_time < 30, use

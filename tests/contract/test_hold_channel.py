@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from .conftest import StartEnv
+from .conftest import LendEnv, StartEnv
 
 CHANNEL = """
 import json, os, socket, struct, sys
@@ -47,9 +47,9 @@ NOT_TAKEN = "1 malformed or unauthorised messages from the kernel were not taken
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_on_the_helper_channel_is_counted_logged_and_survived(
-    start: StartEnv, caplog: pytest.LogCaptureFixture, name: str
+    lend: LendEnv, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(CHANNEL)
     with caplog.at_level("WARNING", "kernel_env"):
         observation = env.execute(f"cell = guest.bridge.current_cell()\nprint({ATTACKS[name]})").observation

@@ -16,7 +16,7 @@ from kernel_env import Limits, LocalREPLEnv
 from kernel_env.process import KernelProcess
 from tests.processes import folder_of
 
-from .conftest import StartEnv
+from .conftest import LendEnv, StartEnv
 
 NOT_TAKEN = "malformed or unauthorised messages from the kernel were not taken."
 
@@ -93,9 +93,9 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_message_is_counted_and_logged_and_costs_nothing(
-    start: StartEnv, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    lend: LendEnv, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    env = start(llm_query_fn=str.upper, limits=Limits(cell_output=10_000))
+    env = lend(llm_query_fn=str.upper, limits=Limits(cell_output=10_000))
     env.execute(FORGE)
     with caplog.at_level("WARNING", "kernel_env"):
         observation = env.execute(f"{MALFORMED[name]}\nprint('printed')").observation
@@ -137,9 +137,9 @@ STRANGE = {
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_a_message_that_is_not_for_this_cell_changes_nothing(
-    start: StartEnv, tmp_path: Path, name: str
+    lend: LendEnv, tmp_path: Path, name: str
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(FORGE)
     observation = env.execute(f"{STRANGE[name].strip()}\nprint('printed')").observation
     assert (observation.status, observation.result.stdout) == ("ok", "printed\n")
@@ -148,9 +148,9 @@ def test_a_message_that_is_not_for_this_cell_changes_nothing(
 
 
 def test_output_of_another_request_of_ours_shows_like_that_of_an_earlier_cell(
-    start: StartEnv, tmp_path: Path
+    lend: LendEnv, tmp_path: Path
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(FORGE)
     code = "forge(parent={**kernel.get_parent()['header'], 'msg_id': 'x'})\nprint('printed')"
     assert env.execute(code).observation.result.stdout == "FORGEDprinted\n"
@@ -196,19 +196,20 @@ ODD_OUTPUTS = {
 
 @pytest.mark.parametrize("name", ODD_OUTPUTS)
 def test_forged_output_is_shown_or_left_out_and_the_record_stays_valid(
-    start: StartEnv, tmp_path: Path, name: str
+    lend: LendEnv, tmp_path: Path, name: str
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(FORGE)
+    turns = len(env.episode.turns)
     observation = env.execute(f"{ODD_OUTPUTS[name].strip()}\nprint('printed')").observation
     assert observation.status == "ok"
     assert observation.result.stdout.endswith("printed\n")
-    assert len(env.episode.turns) == 2
+    assert len(env.episode.turns) == turns + 1
     assert_whole(env, tmp_path)
 
 
-def test_deep_json_that_a_cell_displays_is_shown_or_left_out(start: StartEnv, tmp_path: Path) -> None:
-    env = start(llm_query_fn=str.upper)
+def test_deep_json_that_a_cell_displays_is_shown_or_left_out(lend: LendEnv, tmp_path: Path) -> None:
+    env = lend(llm_query_fn=str.upper)
     code = """
 from IPython.display import JSON, display
 value = 1
@@ -244,10 +245,11 @@ REPLIES = {
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_a_forged_end_with_any_reply_is_an_observation_and_the_next_step_is_whole(
-    start: StartEnv, tmp_path: Path, name: str
+    lend: LendEnv, tmp_path: Path, name: str
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(FORGE)
+    turns = len(env.episode.turns)
     # The sleep is for the host to read the forged end before the true one.
     observation = env.execute(
         f"print('printed', flush=True)\n{REPLIES[name].strip()}\nidle(); time.sleep(0.2)"
@@ -255,7 +257,7 @@ def test_a_forged_end_with_any_reply_is_an_observation_and_the_next_step_is_whol
     assert observation.status in ("ok", "error")
     assert observation.result.stdout == "printed\n"
     assert not observation.restarted
-    assert len(env.episode.turns) == 2
+    assert len(env.episode.turns) == turns + 1
     assert_whole(env, tmp_path)
 
 
@@ -264,9 +266,9 @@ def test_a_forged_end_with_any_reply_is_an_observation_and_the_next_step_is_whol
     ["reply(b'[1]')", "reply(b'null')", "reply(b'[' * 200_000)", "reply({}, parent=[])"],
 )
 def test_a_reply_that_is_no_object_is_counted_and_the_true_one_counts(
-    start: StartEnv, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: str
+    lend: LendEnv, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: str
 ) -> None:
-    env = start(llm_query_fn=str.upper)
+    env = lend(llm_query_fn=str.upper)
     env.execute(FORGE)
     with caplog.at_level("WARNING", "kernel_env"):
         observation = env.execute(f"{code}\nprint('printed')").observation

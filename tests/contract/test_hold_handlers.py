@@ -14,7 +14,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits
 
-from .conftest import FORKED, SANDBOXED, StartEnv
+from .conftest import FORKED, SANDBOXED, LendEnv, StartEnv
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ from .conftest import FORKED, SANDBOXED, StartEnv
         "while True: print('x')",
     ],
 )
-def test_a_loop_that_only_puts_out_is_interrupted(start: StartEnv, code: str) -> None:
-    env = start(limits=Limits(interrupt_grace=10))
+def test_a_loop_that_only_puts_out_is_interrupted(lend: LendEnv, code: str) -> None:
+    env = lend(limits=Limits(interrupt_grace=10))
     env.execute("import logging, sys\nfrom IPython.display import display\nlogging.basicConfig()\nkept = 1")
     for _ in range(5):
         observation = env.execute(code, timeout_s=0.2).observation
@@ -170,8 +170,8 @@ def test_a_request_that_waits_behind_a_failing_async_cell_is_served(start: Start
     assert (observation.status, observation.result.stdout) == ("ok", "mine\n")
 
 
-def test_a_buffer_that_cannot_be_sent_takes_no_message_along(start: StartEnv) -> None:
-    env = start()
+def test_a_buffer_that_cannot_be_sent_takes_no_message_along(lend: LendEnv) -> None:
+    env = lend()
     code = """
         import comm
         try:

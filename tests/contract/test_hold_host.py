@@ -294,26 +294,31 @@ IN_A_WORKER = """
 import pytest
 from kernel_env import LocalREPLEnv
 
+KINDS = {kinds!r}
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", range(4))
-def test_one(number):
-    with LocalREPLEnv(**{options!r}, llm_query_fn=str.upper) as env:
+def test_one(number, kind):
+    with LocalREPLEnv(**kind, llm_query_fn=str.upper) as env:
         env.reset(context=f"context {{number}}")
         assert env.execute("print(llm_query(context))").observation.result.stdout == f"CONTEXT {{number}}\\n"
 
-def test_one_that_is_never_closed():
-    env = LocalREPLEnv(**{options!r})
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_is_never_closed(kind):
+    env = LocalREPLEnv(**kind)
     env.reset()
 """
 
 
-def test_environments_work_in_workers_of_xdist_and_leave_nothing(own_folder: Path, kind: Kind) -> None:
-    (own_folder / "test_it.py").write_text(IN_A_WORKER.format(options=kind.options))
+def test_environments_work_in_workers_of_xdist_and_leave_nothing(own_folder: Path) -> None:
+    kinds = [Kind("python3", "auto"), Kind("python3", "process"), Kind("stock", "process")]
+    (own_folder / "test_it.py").write_text(IN_A_WORKER.format(kinds=[kind.options for kind in kinds]))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "test_it.py"]
     done = subprocess.run(
         command, cwd=own_folder, capture_output=True, text=True, timeout=100, check=False, env=os.environ
     )
     assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
+    assert "15 passed" in done.stdout
     assert not list(own_folder.glob("ke-*"))
 
 

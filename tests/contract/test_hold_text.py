@@ -12,7 +12,7 @@ import pytest
 from kernel_env import Episode, REPLAction
 from kernel_env.sidefiles import FOLDER
 
-from .conftest import StartEnv
+from .conftest import LendEnv, StartEnv
 
 TEXTS = {
     "lone surrogates": "a\ud800b\udfffc",
@@ -70,8 +70,8 @@ def test_text_goes_everywhere_and_comes_back_the_same(start: StartEnv, tmp_path:
 
 
 @pytest.mark.parametrize("name", [n for n in TEXTS if n not in ("a line of 1 MB",)])
-def test_text_in_code_is_an_observation(start: StartEnv, tmp_path: Path, name: str) -> None:
-    env = start()
+def test_text_in_code_is_an_observation(lend: LendEnv, tmp_path: Path, name: str) -> None:
+    env = lend()
     code = f"x = '''{TEXTS[name]}'''\nprint(ascii(x))"
     observation = env.execute(code).observation
     assert not observation.restarted
@@ -86,16 +86,16 @@ def test_text_in_code_is_an_observation(start: StartEnv, tmp_path: Path, name: s
     assert env.execute("print('on')").observation.result.stdout == "on\n"
     path = env.export(tmp_path / "episode.ipynb")
     nbformat.validate(json.loads(path.read_bytes()))
-    assert Episode.from_notebook(path).turns[0].action.code == code
+    assert Episode.from_notebook(path).turns[-2].action.code == code
 
 
-def test_code_of_one_line_of_a_megabyte_runs(start: StartEnv) -> None:
-    env = start()
+def test_code_of_one_line_of_a_megabyte_runs(lend: LendEnv) -> None:
+    env = lend()
     assert env.execute(f"x = '{'é' * 2**20}'; len(x)").observation.result.stdout == f"{2**20}\n"
 
 
-def test_bytes_that_are_no_text_come_through_a_descriptor_as_replacements(start: StartEnv) -> None:
-    env = start()
+def test_bytes_that_are_no_text_come_through_a_descriptor_as_replacements(lend: LendEnv) -> None:
+    env = lend()
     observation = env.execute(r"import os; _ = os.write(1, b'a\xff\xfeb\n'); _ = os.write(1, 'é\n'.encode())")
     assert observation.observation.result.stdout == "a\ufffd\ufffdb\né\n"
 
@@ -148,8 +148,8 @@ def test_a_notebook_is_never_half_written(start: StartEnv, tmp_path: Path) -> No
     assert [p.stat().st_size for p in (tmp_path / FOLDER).iterdir()] == [10**6]
 
 
-def test_a_display_of_json_with_nan_is_valid_json(start: StartEnv, tmp_path: Path) -> None:
-    env = start()
+def test_a_display_of_json_with_nan_is_valid_json(lend: LendEnv, tmp_path: Path) -> None:
+    env = lend()
     code = "from IPython.display import display\ndisplay({'application/json': [float('nan'), 1]}, raw=True)"
     observation = env.execute(code).observation
     assert observation.outputs[0]["data"] == {"application/json": [None, 1]}
