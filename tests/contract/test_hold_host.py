@@ -95,11 +95,11 @@ def cycle(kind: Kind, times: int, temporary_folder: Path) -> None:
     before = level()
     for _ in range(times):
         once()
-    after = level()
-    # What is kept ready is made and closed meanwhile, under load at any moment; a leak would be `times`.
-    assert after[0] <= before[0] + 3
-    assert after[1] <= before[1] + 2  # idle workers end by themselves
-    assert after[2] <= before[2]
+    # zmq closes sockets in a thread of its own, which tells nobody; idle workers end by themselves.
+    end = time.monotonic() + 20
+    while any(now > then + more for now, then, more in zip(level(), before, (0, 2, 0), strict=True)):
+        assert time.monotonic() < end, (before, level())
+        time.sleep(0.01)
     assert not list(temporary_folder.glob("*ke-*"))
 
 
