@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kernel_env.errors import KernelStartError, SandboxUnavailable
 from kernel_env.isolation import is_own_user
@@ -37,6 +36,7 @@ WRITABLE = ("work", "home", "tmp", "run")
 """Folders in it that a kernel writes to; the rest of it is the host's."""
 _MAKING_SECONDS = 60
 _ROUNDS = 20
+_LEVELS = 30
 
 _IPYTHON_CONFIG = {
     # History goes to a database file: 2.6 ms of a step, and locks on network file systems.
@@ -255,24 +255,22 @@ def _inhabitants(folder: Path) -> Iterator[int]:
 
 
 def _remove(folder: Path) -> None:
-    def make_removable(function: Any, path: str, _: Any) -> None:
-        # A cell may have taken its own folders' permissions away.
-        os.chmod(os.path.dirname(path), stat.S_IRWXU)
-        if os.path.isdir(path) and not os.path.islink(path):
-            os.chmod(path, stat.S_IRWXU)
-            shutil.rmtree(path, ignore_errors=True)
-        elif os.path.lexists(path):
-            os.unlink(path)
-
-    try:
+    with contextlib.suppress(OSError):  # a cell may have taken its own folders' permissions away
         if folder.is_symlink() or not folder.is_dir():
             folder.unlink()
-        else:
-            shutil.rmtree(folder, onerror=make_removable)
-    except FileNotFoundError:
-        return  # somebody removed it with what is around it
-    except (OSError, RecursionError) as error:  # too deep, too long a path, too few descriptors
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):  # these two go down any number of folders
-            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)
-        if os.path.lexists(folder):
-            log.warning("the kernel's folder %s could not be removed: %s", folder, error)
+        elif not _is_deep(str(folder), _LEVELS):  # of each, `rmtree` holds a descriptor and a stack frame
+            shutil.rmtree(folder)
+    if not os.path.lexists(folder):
+        return
+    subprocess.run(["chmod", "-R", "u+rwx", "--", folder], check=False, stderr=subprocess.DEVNULL)
+    done = subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.PIPE)
+    if os.path.lexists(folder):
+        told = done.stderr[:500].decode(errors="replace")
+        log.warning("the kernel's folder %s could not be removed: %s", folder, told)
+
+
+def _is_deep(folder: str, levels: int) -> bool:
+    """Whether there are folders in folders over more than so many levels."""
+    with os.scandir(folder) as entries:
+        inner = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        return any(levels == 0 or _is_deep(path, levels - 1) for path in inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,32 @@ def test_a_folder_is_private_and_goes_whatever_was_done_to_it(parent: Path) -> N
     (locked / "inner").mkdir(parents=True)
     locked.chmod(0)
     folder.remove()
+    parent.rmdir()
+
+
+def test_a_deep_folder_goes_with_few_descriptors_and_leaves_links_targets_alone(parent: Path) -> None:
+    """A cell made close() of an ordinary user's host take minutes by one, and leave the folder behind."""
+    kept = parent / "kept"
+    kept.mkdir(0o500)
+    folder = KernelFolder.make()
+    (folder.path / "work" / "link").symlink_to(kept)
+    descriptor = os.open(folder.path / "work", os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("d", dir_fd=descriptor)
+        above, descriptor = descriptor, os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(above)
+    os.symlink(kept, "link", dir_fd=descriptor)
+    os.close(descriptor)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 50, limits[1]))
+    try:
+        folder.remove()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert list(parent.iterdir()) == [kept]
+    assert kept.stat().st_mode & 0o777 == 0o500
+    kept.rmdir()
     parent.rmdir()
 
 
