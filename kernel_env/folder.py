@@ -125,16 +125,31 @@ class KernelFolder:
         """
         if _held_here.pop(self, None) is None:
             return
-        if is_deserted:
+        if not is_deserted:
+            _evict(self.path)
+        if self.path.is_symlink():
             _remove(self.path)
-        else:
-            _clear(self.path)
+        if (place := self._place) is not None:
+            _remove(place)
         os.close(self._lock)
+
+    @property
+    def _place(self) -> Path | None:
+        """Where it is, for a cell of a kernel that is not confined may have moved it; None if nowhere."""
+        for place in (self.path, Path(os.readlink(f"/proc/self/fd/{self._lock}"))):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(place), os.fstat(self._lock)):
+                    return place
+        return None
 
     def empty(self, *, is_deserted: bool = False) -> None:
         """The same, but keep the folder and the working directory in it."""
         if not is_deserted:
             _evict(self.path)
+        if self._place != self.path:
+            return  # what is there instead is not the kernel's
+        with contextlib.suppress(OSError):
+            os.fchmod(self._lock, stat.S_IRWXU)
         for entry in list(os.scandir(self.path)):
             if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
                 _remove(Path(entry.path))
@@ -145,6 +160,8 @@ class KernelFolder:
         Raises:
             KernelStartError: something is left of what the kernel before made there; it could lead elsewhere.
         """
+        if self._place != self.path:
+            raise KernelStartError(f"{self.path} could not be made fresh: a cell moved it")
         try:
             _furnish(self.path)
         except OSError as error:
@@ -205,7 +222,8 @@ def sweep() -> None:
             with contextlib.suppress(OSError), _held(path):
                 if is_own_user(os.stat(path).st_uid) and _is_abandoned(path):
                     log.warning("removing %s, left by a process that was killed", path)
-                    _clear(Path(path))
+                    _evict(Path(path))
+                    _remove(Path(path))
 
 
 def _is_abandoned(path: str) -> bool:
@@ -223,11 +241,6 @@ def _held(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _clear(folder: Path) -> None:
-    _evict(folder)
-    _remove(folder)
 
 
 def _evict(folder: Path) -> None:
@@ -262,7 +275,8 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(folder)
     if not os.path.lexists(folder):
         return
-    subprocess.run(["chmod", "-R", "u+rwx", "--", folder], check=False, stderr=subprocess.DEVNULL)
+    if not folder.is_symlink():  # `chmod` would follow it
+        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], check=False, stderr=subprocess.DEVNULL)
     done = subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.PIPE)
     if os.path.lexists(folder):
         told = done.stderr[:500].decode(errors="replace")

@@ -35,7 +35,8 @@ def test_a_folder_is_private_and_goes_whatever_was_done_to_it(parent: Path) -> N
 
 
 def test_a_deep_folder_goes_with_few_descriptors_and_leaves_links_targets_alone(parent: Path) -> None:
-    """A cell made close() of an ordinary user's host take minutes by one, and leave the folder behind."""
+    """By one, close() took minutes, left the folder behind, and closed the folder around it to all others."""
+    parent.chmod(0o711)
     kept = parent / "kept"
     kept.mkdir(0o500)
     folder = KernelFolder.make()
@@ -55,6 +56,7 @@ def test_a_deep_folder_goes_with_few_descriptors_and_leaves_links_targets_alone(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert list(parent.iterdir()) == [kept]
+    assert parent.stat().st_mode & 0o777 == 0o711
     assert kept.stat().st_mode & 0o777 == 0o500
     kept.rmdir()
     parent.rmdir()

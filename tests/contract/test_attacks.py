@@ -286,6 +286,50 @@ def test_what_a_lost_kernel_leaves_does_not_lead_the_host_elsewhere(
     assert not folder.exists()
 
 
+MOVES = """
+import os, shutil
+folder = os.path.dirname(os.environ['HOME'])
+try:
+    os.rename(folder, folder + '-moved')
+    os.symlink({victim!r}, folder)
+finally:
+    os._exit(1)
+"""
+LINKS = """
+import os, shutil
+folder, home = os.path.dirname(os.environ['HOME']), os.environ['HOME']
+try:
+    shutil.rmtree(home, ignore_errors=True)
+    os.symlink({victim!r}, home)
+    os.chmod(folder, 0o500)
+finally:
+    os._exit(1)
+"""
+
+
+@LEVELS
+@pytest.mark.parametrize("code", [MOVES, LINKS], ids=["moves its folder", "locks its folder"])
+def test_a_folder_that_a_cell_turned_into_a_link_costs_nothing_behind_it(
+    kind: Kind, tmp_path: Path, code: str
+) -> None:
+    victim = tmp_path / "victim"
+    (victim / "inner").mkdir(parents=True)
+    (victim / "precious").write_text("whole")
+    (victim / "precious").chmod(0o400)
+    before = {path.name: path.stat().st_mode for path in (victim, *victim.iterdir())}
+    with LocalREPLEnv(**kind.options) as env:
+        env.reset()
+        folder = folder_of(env)
+        parent = folder.parent
+        observation = env.execute(code.format(victim=str(victim))).observation
+        assert observation.status == "died"
+        if not observation.restarted:
+            assert (kind.isolation, code) == ("process", MOVES)
+            assert observation.done_reason == "kernel_died"
+    assert {path.name: path.stat().st_mode for path in (victim, *victim.iterdir())} == before
+    assert not [path for path in parent.iterdir() if path.name.startswith(folder.name)]
+
+
 @LEVELS
 def test_the_context_is_not_a_source_of_memory(kind: Kind) -> None:
     with LocalREPLEnv(**kind.options) as env:
