@@ -8,10 +8,9 @@ import fcntl
 import json
 import logging
 import os
-import shutil
+import re
 import signal
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from kernel_env.errors import KernelStartError, SandboxUnavailable
 from kernel_env.isolation import is_own_user
+from kernel_env.removal import remove
 
 __all__ = ["TEMPLATE_PREFIX", "WRITABLE", "KernelFolder", "give_to_owner", "sweep"]
 
@@ -30,13 +30,12 @@ TEMPLATE_PREFIX = "kt-"
 """Of the folder of a process that kernels are forked from."""
 # The longest socket name under a folder is "/run/k-5"; a Unix socket's path has at most 107 bytes.
 _LONGEST = 107 - len("/run/k-5")
-_UNFINISHED = (f"new-{_PREFIX}", f"new-{TEMPLATE_PREFIX}")
-_SWEPT = (_PREFIX, TEMPLATE_PREFIX, *_UNFINISHED)
+_SWEPT = re.compile("(new-)?(ke|kt)-[a-z0-9_]{8}")
+"""Names that `mkdtemp` gives."""
 WRITABLE = ("work", "home", "tmp", "run")
 """Folders in it that a kernel writes to; the rest of it is the host's."""
 _MAKING_SECONDS = 60
 _ROUNDS = 20
-_LEVELS = 30
 
 _IPYTHON_CONFIG = {
     # History goes to a database file: 2.6 ms of a step, and locks on network file systems.
@@ -96,7 +95,7 @@ class KernelFolder:
             return folder
         except BaseException:
             os.close(lock)
-            _remove(made)
+            remove(made)
             raise
 
     @contextlib.contextmanager
@@ -118,28 +117,29 @@ class KernelFolder:
         return self in _held_here
 
     def remove(self, *, is_deserted: bool = False) -> None:
-        """Kill what was started in the folder and still runs, then remove it, whatever its permissions.
+        """Kill what was started in the folder and still runs, then remove it as `removal.remove` does.
 
         `is_deserted`: nothing does, so that there is no need to look through all processes: 20 ms. Done
         again it does nothing.
         """
         if _held_here.pop(self, None) is None:
             return
-        if not is_deserted:
-            _evict(self.path)
-        if self.path.is_symlink():
-            _remove(self.path)
-        if (place := self._place) is not None:
-            _remove(place)
-        os.close(self._lock)
+        try:
+            if not is_deserted:
+                _evict(self.path)
+            if os.path.islink(self.path):
+                remove(self.path)
+            if (place := self._place) is not None:
+                remove(place)
+        finally:
+            os.close(self._lock)
 
     @property
     def _place(self) -> Path | None:
         """Where it is, for a cell of a kernel that is not confined may have moved it; None if nowhere."""
         for place in (self.path, Path(os.readlink(f"/proc/self/fd/{self._lock}"))):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.lstat(place), os.fstat(self._lock)):
-                    return place
+            if _is_same(place, self._lock):
+                return place
         return None
 
     def empty(self, *, is_deserted: bool = False) -> None:
@@ -152,7 +152,7 @@ class KernelFolder:
             os.fchmod(self._lock, stat.S_IRWXU)
         for entry in list(os.scandir(self.path)):
             if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
-                _remove(Path(entry.path))
+                remove(Path(entry.path))
 
     def furnish(self) -> None:
         """Make what the next kernel needs in the emptied folder.
@@ -164,9 +164,10 @@ class KernelFolder:
             raise KernelStartError(f"{self.path} could not be made fresh: a cell moved it")
         try:
             _furnish(self.path)
+            with self.opened_work() as work:
+                os.fchmod(work, stat.S_IRWXU)
         except OSError as error:
             raise KernelStartError(f"{self.path} could not be made fresh: {error}") from error
-        self.work.chmod(stat.S_IRWXU)
 
 
 @atexit.register
@@ -217,28 +218,38 @@ def sweep() -> None:
     for parent in {tempfile.gettempdir(), _parent()}:
         found = []
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            found = [entry.path for entry in entries if entry.name.startswith(_SWEPT)]
+            found = [Path(entry.path) for entry in entries if _SWEPT.fullmatch(entry.name)]
         for path in found:
-            with contextlib.suppress(OSError), _held(path):
-                if is_own_user(os.stat(path).st_uid) and _is_abandoned(path):
+            with contextlib.suppress(OSError), _held(path) as lock:
+                if _is_abandoned(path, lock):
                     log.warning("removing %s, left by a process that was killed", path)
-                    _evict(Path(path))
-                    _remove(Path(path))
+                    _evict(path)
+                    remove(path)
 
 
-def _is_abandoned(path: str) -> bool:
-    if os.path.basename(path).startswith(_UNFINISHED):  # it is held a moment after it is there
-        return time.time() - os.stat(path).st_mtime > _MAKING_SECONDS
-    # Only what `make` made: somebody else's folder may begin with the same letters.
-    return os.path.isdir(f"{path}/guest")
+def _is_abandoned(path: Path, folder: int) -> bool:
+    """Whether a folder that nobody holds is one that `make` made: another's may have such a name."""
+    status = os.fstat(folder)
+    if not is_own_user(status.st_uid) or status.st_mode & 0o077 or not _is_same(path, folder):
+        return False
+    if path.name.startswith("new-"):  # it is held a moment after it is there
+        return time.time() - status.st_mtime > _MAKING_SECONDS
+    with os.scandir(folder) as entries:  # its holder may have been killed while it removed it
+        return any(e.name in (*WRITABLE, "guest") and e.is_dir(follow_symlinks=False) for e in entries)
+
+
+def _is_same(path: Path, folder: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.lstat(path), os.fstat(folder))
+    return False
 
 
 @contextlib.contextmanager
-def _held(path: str) -> Iterator[None]:
+def _held(path: Path) -> Iterator[int]:
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield lock
     finally:
         os.close(lock)
 
@@ -247,7 +258,7 @@ def _evict(folder: Path) -> None:
     for _ in range(_ROUNDS):  # again, for what one of them forked meanwhile
         inhabitants = list(_inhabitants(folder))
         for pid in inhabitants:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         if not inhabitants:
             return
@@ -265,26 +276,3 @@ def _inhabitants(folder: Path) -> Iterator[int]:
         with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
             if home in file.read().split(b"\0"):
                 yield int(entry)
-
-
-def _remove(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # a cell may have taken its own folders' permissions away
-        if folder.is_symlink() or not folder.is_dir():
-            folder.unlink()
-        elif not _is_deep(str(folder), _LEVELS):  # of each, `rmtree` holds a descriptor and a stack frame
-            shutil.rmtree(folder)
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_symlink():  # `chmod` would follow it
-        subprocess.run(["chmod", "-R", "u+rwx", "--", folder], check=False, stderr=subprocess.DEVNULL)
-    done = subprocess.run(["rm", "-rf", "--", folder], check=False, stderr=subprocess.PIPE)
-    if os.path.lexists(folder):
-        told = done.stderr[:500].decode(errors="replace")
-        log.warning("the kernel's folder %s could not be removed: %s", folder, told)
-
-
-def _is_deep(folder: str, levels: int) -> bool:
-    """Whether there are folders in folders over more than so many levels."""
-    with os.scandir(folder) as entries:
-        inner = (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
-        return any(levels == 0 or _is_deep(path, levels - 1) for path in inner)

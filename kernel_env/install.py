@@ -16,6 +16,7 @@ from kernel_env.config import Limits
 from kernel_env.episode import Context
 from kernel_env.folder import give_to_owner
 from kernel_env.outputs import half
+from kernel_env.sidefiles import write_whole
 from kernel_env.types import Isolation
 
 __all__ = ["GUEST_MODULES", "RUN_BOOT", "KernelSetup", "describe", "install_request"]
@@ -80,8 +81,8 @@ def install_request(setup: KernelSetup, bridge: Bridge, session: str, *, has_gue
         "kernel_env_helpers.py": _source("child"),
         "helpers.json": json.dumps(channel),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, "utf-8")
+    for name, text in texts.items():  # a cell may have put anything in their place
+        write_whole(folder / name, text.encode("utf-8"))
     give_to_owner(folder, *(folder / name for name in texts))
     options = channel | {
         "session": session,

@@ -131,10 +131,12 @@ class Kernel:
 
     async def close(self) -> None:
         """End the kernel; nothing of it is left."""
-        await self._live.close()
-        if self.folder.is_held:  # kept for the next process, and there was none
-            await run_in_thread(self.folder.remove, is_deserted=True)
-        self._tell_closed()
+        try:
+            await self._live.close()
+            if self.folder.is_held:  # kept for the next process, and there was none
+                await run_in_thread(self.folder.remove, is_deserted=True)
+        finally:
+            self._tell_closed()
 
     def close_now(self) -> None:
         """The same when the loop it lived on is closed."""

@@ -87,6 +87,8 @@ class LiveKernel:
             (folder.empty if keeps_work else folder.remove)()
             if isinstance(error, TimeoutError):
                 raise live._late_start() from error
+            if isinstance(error, OSError):
+                raise KernelStartError(f"what the kernel needs could not be written: {error}") from error
             raise
         live._meter = Meter(live.process.roots, setup.limits, folder)
         await live._become_ready(live._connect(), keeps_work=keeps_work)
@@ -161,7 +163,10 @@ class LiveKernel:
             KernelStartError: it does not take the guest.
         """
         setup, session = self._setup, self.process.wire.session
-        request = install_request(setup, self._bridge, session, has_guest=has_guest)
+        try:
+            request = install_request(setup, self._bridge, session, has_guest=has_guest)
+        except OSError as error:
+            raise KernelStartError(f"what the kernel needs could not be written: {error}") from error
         running = self._begin("execute_request", execute_content(RUN_BOOT, silent=True), request)
         running.is_stoppable = False
         # A large context takes its time: this is part of the start, whatever a cell may take.

@@ -368,7 +368,7 @@ def _files_of(folder: Path, pids: Iterable[int]) -> tuple[int, int] | None:
     """
     found = []
     for options in (["--block-size=1"], ["--inodes", "--count-links"]):
-        command = ["du", "--summarize", "--total", *options, "--", *WRITABLE]
+        command = ["du", "--summarize", "--total", "--one-file-system", *options, "--", *WRITABLE]
         try:
             done = subprocess.run(
                 command,

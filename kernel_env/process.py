@@ -283,7 +283,10 @@ class KernelProcess:
         self._release()
         await self._provisioner.wait()
         clear = self.folder.empty if keeps_work else self.folder.remove
-        await run_in_thread(clear, is_deserted=self._is_deserted)
+        try:
+            await run_in_thread(clear, is_deserted=self._is_deserted)
+        except (OSError, RuntimeError) as error:  # nothing can be read there, or no thread be started
+            log.warning("%s could not be cleared: %s", self.folder.path, error)
         _live.discard(self)
 
     def kill_now(self) -> None:

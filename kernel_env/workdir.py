@@ -19,6 +19,7 @@ __all__ = ["ARTIFACT_BYTES", "Artifact", "check_files", "copy_in", "list_artifac
 ARTIFACT_BYTES = 64 * 2**20
 """What `read_artifact` reads unless it is told otherwise."""
 _MOST = 10_000
+_MOST_SEEN = 100_000
 _DEEPEST = 32
 _CHUNK = 2**20
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,15 +91,21 @@ def copy_in(files: Mapping[str, Any], folder: KernelFolder) -> None:
 def list_artifacts(folder: KernelFolder) -> list[Artifact]:
     """The regular files in the working directory and in folders of it, sorted by name.
 
-    At most 10,000, not from folders more than 32 deep; nothing that is a link, or behind one.
+    At most 10,000, of the first 100,000 entries or so, not from folders more than 32 deep; nothing that is a
+    link, or behind one.
     """
     found: list[Artifact] = []
     folders: list[tuple[str, ...]] = [()]
-    while folders and len(found) < _MOST:
+    seen = 0
+    while folders and len(found) < _MOST and seen < _MOST_SEEN:
         parts = folders.pop()
         with contextlib.suppress(OSError), _opened(folder, parts) as inner, os.scandir(inner) as entries:
             for entry in entries:
-                status = os.stat(entry.name, dir_fd=inner, follow_symlinks=False)
+                seen += 1
+                try:
+                    status = os.stat(entry.name, dir_fd=inner, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # it was there a moment ago
                 if stat.S_ISDIR(status.st_mode) and len(parts) < _DEEPEST:
                     folders.append((*parts, entry.name))
                 elif stat.S_ISREG(status.st_mode) and len(found) < _MOST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,112 @@ def test_a_deep_folder_goes_with_few_descriptors_and_leaves_links_targets_alone(
     assert kept.stat().st_mode & 0o777 == 0o500
     kept.rmdir()
     parent.rmdir()
+
+
+def test_links_and_hard_links_of_locked_folders_change_nothing_outside(parent: Path) -> None:
+    """`chmod` follows both; root needs none, so an ordinary user's process it is."""
+    parent.chmod(0o777)
+    outside = parent / "outside"
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            outside.mkdir()
+            (outside / "file").write_text("x")
+            (outside / "file").chmod(0o444)
+            outside.chmod(0o555)
+            folder = KernelFolder.make()
+            descriptor = os.open(folder.path / "work", os.O_RDONLY)
+            for _ in range(40):
+                os.mkdir("d", dir_fd=descriptor)
+                os.link(outside / "file", "hard", dst_dir_fd=descriptor)
+                os.symlink(outside, "soft", dir_fd=descriptor)
+                above, descriptor = descriptor, os.open("d", os.O_RDONLY, dir_fd=descriptor)
+                os.fchmod(above, 0)
+            folder.path.chmod(0)
+            folder.remove()
+            os._exit(0 if [path.name for path in parent.iterdir()] == ["outside"] else 3)
+        finally:
+            os._exit(4)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (outside / "file").stat().st_mode & 0o777 == 0o444
+    assert outside.stat().st_mode & 0o777 == 0o555
+    outside.chmod(0o755)
+    shutil.rmtree(parent)
+
+
+@pytest.mark.parametrize("left", ["work", "home", "guest"])
+def test_what_a_killed_host_had_half_removed_is_swept(parent: Path, left: str) -> None:
+    half = parent / "ke-abcdefg1"
+    (half / left / "inner").mkdir(parents=True)
+    half.chmod(0o700)
+    sweep()
+    assert not half.exists()
+    parent.rmdir()
+
+
+def test_folders_that_are_not_ours_are_not_swept(parent: Path) -> None:
+    def make(name: str, mode: int = 0o700) -> Path:
+        (parent / name / "work").mkdir(parents=True)
+        (parent / name).chmod(mode)
+        return parent / name
+
+    others = [make("ke-mydata"), make("ke-abcdefgh", 0o755), make("ke-abcdefgH"), make("kt-abcdefgh-moved")]
+    (parent / "ke-abcdefg2").mkdir(0o700)
+    (parent / "ke-abcdefg2" / "guest").symlink_to("/usr")
+    before = sorted(parent.rglob("*"))
+    sweep()
+    assert sorted(parent.rglob("*")) == before
+    assert len(others) == 4
+    shutil.rmtree(parent)
+
+
+def test_what_is_mounted_in_a_folder_is_not_emptied(parent: Path) -> None:
+    code = """
+import subprocess, sys, tempfile
+from pathlib import Path
+from kernel_env.folder import KernelFolder
+kept = Path(sys.argv[1], "kept")
+kept.mkdir()
+(kept / "precious").write_text("x")
+folder = KernelFolder.make()
+(folder.path / "work" / "a b").mkdir()
+subprocess.run(["mount", "--bind", kept, folder.path / "work" / "a b"], check=True)
+(folder.path / "work" / "a b" / "more").write_text("y")
+folder.remove()
+print(folder.path.exists(), sorted(path.name for path in kept.iterdir()))
+"""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here, so there is nothing to mount")
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", code, str(parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TMPDIR": str(parent)},
+    )
+    assert done.stdout == "False ['more', 'precious']\n", done.stderr
+    shutil.rmtree(parent)
+
+
+def test_a_removal_that_fails_is_logged_and_lets_go(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = KernelFolder.make()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "no more processes")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    monkeypatch.setattr(subprocess, "run", fails)
+    folder.remove()
+    monkeypatch.undo()
+    assert "could not be removed: [Errno 11] no more processes" in caplog.text
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    shutil.rmtree(parent)
 
 
 HOLD = """

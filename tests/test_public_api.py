@@ -21,7 +21,7 @@ PACKAGE = ROOT / "kernel_env"
 
 LAYERS = [
     {"errors"},
-    {"types", "isolation", "seccomp", "syntax", "metrics", "fitting"},
+    {"types", "isolation", "seccomp", "syntax", "metrics", "fitting", "removal"},
     {"config", "sidefiles", "recorded"},
     {"budget", "reading"},
     {"episode"},

@@ -330,6 +330,32 @@ def test_a_folder_that_a_cell_turned_into_a_link_costs_nothing_behind_it(
     assert not [path for path in parent.iterdir() if path.name.startswith(folder.name)]
 
 
+FIFO = """
+import contextlib, os, shutil
+guest = os.path.dirname(os.environ['HOME']) + '/guest'
+with contextlib.suppress(OSError):
+    os.unlink(guest + '/helpers.json'); os.mkfifo(guest + '/helpers.json')
+del get_ipython().kernel.do_execute
+"""
+NO_FOLDER = """
+import os, shutil
+shutil.rmtree(os.path.dirname(os.environ['HOME']) + '/guest', ignore_errors=True)
+del get_ipython().kernel.do_execute
+"""
+
+
+@LEVELS
+@pytest.mark.parametrize("code", [FIFO, NO_FOLDER], ids=["a pipe", "nothing"])
+def test_what_stands_in_the_place_of_the_host_s_files_does_not_stop_the_host(kind: Kind, code: str) -> None:
+    with LocalREPLEnv(**kind.options, llm_query_fn=str.upper) as env:
+        env.reset(context="kept")
+        env.execute(code)
+        observation = env.execute("1").observation
+        assert "hooks were gone" in observation.result.stderr
+        assert observation.restarted == ((kind.isolation, code) == ("process", NO_FOLDER))
+        assert env.execute("llm_query(context)").observation.result.stdout == "'KEPT'\n"
+
+
 @LEVELS
 def test_the_context_is_not_a_source_of_memory(kind: Kind) -> None:
     with LocalREPLEnv(**kind.options) as env:

@@ -135,6 +135,22 @@ def test_many_and_deep_files_are_bounded(start: StartEnv) -> None:
     assert env.artifacts() == []
 
 
+def test_files_that_come_and_go_hide_no_others(start: StartEnv) -> None:
+    env = start()
+    code = """
+import os, threading
+for n in range(50): open(f'stays{n}', 'w').close()
+def churn():
+    while True:
+        for n in range(50): open(f'goes{n}', 'w').close()
+        for n in range(50): os.unlink(f'goes{n}')
+threading.Thread(target=churn, daemon=True).start()
+"""
+    env.execute(code)
+    for _ in range(100):
+        assert len([name for name in names(env) if name.startswith("stays")]) == 50
+
+
 @pytest.mark.parametrize("restarts", [1, 0])
 def test_the_working_directory_outlives_a_lost_kernel(start: StartEnv, restarts: int) -> None:
     env = start(files={"given": b"g"}, limits=Limits(restarts=restarts))
