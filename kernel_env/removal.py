@@ -16,7 +16,8 @@ log = logging.getLogger("kernel_env.removal")
 
 _LEVELS = 30
 _SECONDS = 120
-_UNLOCK = ("-type", "d", "!", "-perm", "-u=rwx", "-exec", "chmod", "u+rwx", "{}", ";")
+# By their names, from the folders they are in: a path may be longer than the system takes.
+_UNLOCK = ("-type", "d", "!", "-perm", "-u=rwx", "-execdir", "chmod", "u+rwx", "{}", ";")
 
 
 def remove(path: Path) -> None:
@@ -67,7 +68,9 @@ def _mounts(folder: Path) -> list[str]:
 
 
 def _run(*command: str) -> None:
-    # In a process group of its own, so that Ctrl-C in a terminal does not end it.
+    # In a process group of its own, so that Ctrl-C in a terminal does not end it. `find -execdir` takes no
+    # PATH with folders that depend on where it is.
+    folders = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
     subprocess.run(
         command,
         check=False,
@@ -76,4 +79,5 @@ def _run(*command: str) -> None:
         stderr=subprocess.DEVNULL,
         timeout=_SECONDS,
         process_group=0,
+        env={"PATH": folders},
     )
