@@ -30,7 +30,7 @@ TEMPLATE_PREFIX = "kt-"
 """Of the folder of a process that kernels are forked from."""
 # The longest socket name under a folder is "/run/k-5"; a Unix socket's path has at most 107 bytes.
 _LONGEST = 107 - len("/run/k-5")
-_SWEPT = re.compile("(new-)?(ke|kt)-[a-z0-9_]{8}")
+_SWEPT = re.compile(f"(new-)?({_PREFIX}|{TEMPLATE_PREFIX})[a-z0-9_]{{8}}")
 """Names that `mkdtemp` gives."""
 WRITABLE = ("work", "home", "tmp", "run")
 """Folders in it that a kernel writes to; the rest of it is the host's."""

@@ -88,7 +88,7 @@ class LiveKernel:
             if isinstance(error, TimeoutError):
                 raise live._late_start() from error
             if isinstance(error, OSError):
-                raise KernelStartError(f"what the kernel needs could not be written: {error}") from error
+                raise KernelStartError(f"what the kernel needs could not be made: {error}") from error
             raise
         live._meter = Meter(live.process.roots, setup.limits, folder)
         await live._become_ready(live._connect(), keeps_work=keeps_work)

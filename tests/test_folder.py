@@ -107,18 +107,15 @@ def test_what_a_killed_host_had_half_removed_is_swept(parent: Path, left: str) -
 
 
 def test_folders_that_are_not_ours_are_not_swept(parent: Path) -> None:
-    def make(name: str, mode: int = 0o700) -> Path:
+    names = {"ke-mydata": 0o700, "ke-abcdefgh": 0o755, "ke-abcdefgH": 0o700, "kt-abcdefgh-moved": 0o700}
+    for name, mode in names.items():
         (parent / name / "work").mkdir(parents=True)
         (parent / name).chmod(mode)
-        return parent / name
-
-    others = [make("ke-mydata"), make("ke-abcdefgh", 0o755), make("ke-abcdefgH"), make("kt-abcdefgh-moved")]
     (parent / "ke-abcdefg2").mkdir(0o700)
     (parent / "ke-abcdefg2" / "guest").symlink_to("/usr")
     before = sorted(parent.rglob("*"))
     sweep()
     assert sorted(parent.rglob("*")) == before
-    assert len(others) == 4
     shutil.rmtree(parent)
 
 

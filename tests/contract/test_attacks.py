@@ -287,7 +287,7 @@ def test_what_a_lost_kernel_leaves_does_not_lead_the_host_elsewhere(
 
 
 MOVES = """
-import os, shutil
+import os
 folder = os.path.dirname(os.environ['HOME'])
 try:
     os.rename(folder, folder + '-moved')
@@ -331,7 +331,7 @@ def test_a_folder_that_a_cell_turned_into_a_link_costs_nothing_behind_it(
 
 
 FIFO = """
-import contextlib, os, shutil
+import contextlib, os
 guest = os.path.dirname(os.environ['HOME']) + '/guest'
 with contextlib.suppress(OSError):
     os.unlink(guest + '/helpers.json'); os.mkfifo(guest + '/helpers.json')

@@ -344,8 +344,8 @@ process = subprocess.Popen(["sh", "-c", waits])
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_what_is_printed_after_a_cell_shows_with_the_next(lend: LendEnv, name: str) -> None:
-    env = lend(tools={"ping": lambda: None})
+def test_what_is_printed_after_a_cell_shows_with_the_next(start: StartEnv, name: str) -> None:
+    env = start(tools={"ping": lambda: None})
     code, wait = LATER[name]
     assert env.execute(code).observation.result.stdout == ""
     assert env.execute(wait).observation.result.stdout == "after the end of my cell\n"
