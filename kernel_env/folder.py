@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kernel_env.errors import KernelStartError, SandboxUnavailable
 from kernel_env.isolation import is_own_user
+from kernel_env.portal import run_in_thread
 from kernel_env.removal import remove
 
 __all__ = ["TEMPLATE_PREFIX", "WRITABLE", "KernelFolder", "give_to_owner", "sweep"]
@@ -47,6 +48,8 @@ _IPYTHON_CONFIG = {
 
 _held_here: dict[KernelFolder, int] = {}
 """Folders → the process that holds them."""
+_stuck: set[Path] = set()
+"""What was swept and is still there: it is not tried again at every start."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,13 @@ class KernelFolder:
             if entry.name != "work" or not entry.is_dir(follow_symlinks=False):
                 remove(Path(entry.path))
 
+    async def clear(self, *, keeps_work: bool, is_deserted: bool = False) -> None:
+        """Remove it or, with `keeps_work`, empty it, off the loop; what fails is logged."""
+        try:
+            await run_in_thread(self.empty if keeps_work else self.remove, is_deserted=is_deserted)
+        except (OSError, RuntimeError) as error:  # nothing can be read there, or no thread be started
+            log.warning("%s could not be cleared: %s", self.path, error)
+
     def furnish(self) -> None:
         """Make what the next kernel needs in the emptied folder.
 
@@ -216,15 +226,23 @@ def _parent() -> str:
 def sweep() -> None:
     """Remove the folders of this user whose holder is gone: killed, it could not do so itself."""
     for parent in {tempfile.gettempdir(), _parent()}:
-        found = []
+        found = set()
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            found = [Path(entry.path) for entry in entries if _SWEPT.fullmatch(entry.name)]
-        for path in found:
-            with contextlib.suppress(OSError), _held(path) as lock:
-                if _is_abandoned(path, lock):
-                    log.warning("removing %s, left by a process that was killed", path)
-                    _evict(path)
-                    remove(path)
+            found = {Path(entry.path) for entry in entries if _SWEPT.fullmatch(entry.name)}
+        for path in found - _stuck:
+            with contextlib.suppress(OSError):
+                _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    with _held(path) as lock:
+        if not _is_abandoned(path, lock):
+            return
+        log.warning("removing %s, left by a process that was killed", path)
+        _evict(path)
+        remove(path)
+        if os.path.lexists(path):
+            _stuck.add(path)
 
 
 def _is_abandoned(path: Path, folder: int) -> bool:

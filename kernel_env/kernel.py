@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from kernel_env.types import Isolation
 __all__ = ["Kernel"]
 
 log = logging.getLogger("kernel_env.kernel")
+
+_SWEEPS_FOR = 5.0  # seconds that a start waits for what killed hosts left to go
 
 # An expression, so that it leaves no name behind; what it works on comes in the request's metadata.
 _RUN_SEND_TEXT = (
@@ -49,7 +52,9 @@ class Kernel:
             ConfigError: there is no such kernelspec.
             KernelStartError: no kernel became ready; nothing is left of it.
         """
-        await run_in_thread(sweep)
+        with contextlib.suppress(TimeoutError):  # its thread goes on
+            async with asyncio.timeout(_SWEEPS_FOR):
+                await run_in_thread(sweep)
         folder = KernelFolder.make(owner=kernel_user() if setup.isolation == "sandbox" else None)
         return cls(setup, folder, await LiveKernel.start(setup, folder))
 
@@ -134,7 +139,7 @@ class Kernel:
         try:
             await self._live.close()
             if self.folder.is_held:  # kept for the next process, and there was none
-                await run_in_thread(self.folder.remove, is_deserted=True)
+                await self.folder.clear(keeps_work=False, is_deserted=True)
         finally:
             self._tell_closed()
 

@@ -84,7 +84,7 @@ class LiveKernel:
                 )
         except BaseException as error:
             live._bridge.close()
-            (folder.empty if keeps_work else folder.remove)()
+            await folder.clear(keeps_work=keeps_work)
             if isinstance(error, TimeoutError):
                 raise live._late_start() from error
             if isinstance(error, OSError):

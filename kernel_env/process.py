@@ -24,7 +24,6 @@ from kernel_env.config import FILES_OF_KERNEL, from_env
 from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.folder import KernelFolder, give_to_owner
 from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
-from kernel_env.portal import run_in_thread
 from kernel_env.provisioners import templates
 from kernel_env.refusals import Refusals
 from kernel_env.types import Isolation
@@ -85,7 +84,7 @@ class KernelProcess:
         self.refusals = Refusals(f"kernel {self.pid}")
         """Messages that were none, or too large to be read."""
         self._ending: asyncio.Future[None] | None = None
-        self._is_released = False
+        self._has_ended = self._is_released = False
         self._pidfd = (
             os.dup(self._popen.pidfd)
             if isinstance(self._popen, templates.ForkedProcess)
@@ -205,9 +204,17 @@ class KernelProcess:
 
     def _take_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        try:
-            self.kill_group()  # its children; once the process is reaped, the group's id may be another's
+        self.kill_group()  # its children; once the process is reaped, the group's id may be another's
+        self._has_ended = True
+        if isinstance(self._popen, templates.ForkedProcess):
+            # Its template tells how, once it has killed orphans.
+            self._popen.watch(self._loop, self._note_exit)
+        else:
             self._popen.wait()
+            self._note_exit()
+
+    def _note_exit(self) -> None:
+        try:
             self._read_stderr()
         finally:
             self.exited.set()
@@ -242,7 +249,7 @@ class KernelProcess:
 
     async def interrupt(self) -> None:
         """Interrupt what runs, the way the kernelspec asks for."""
-        if self.exited.is_set():
+        if self._has_ended:
             return
         if self._provisioner.kernel_spec.interrupt_mode == "signal":
             await self._provisioner.send_signal(signal.SIGINT)
@@ -282,19 +289,15 @@ class KernelProcess:
         await self.terminate()
         self._release()
         await self._provisioner.wait()
-        clear = self.folder.empty if keeps_work else self.folder.remove
-        try:
-            await run_in_thread(clear, is_deserted=self._is_deserted)
-        except (OSError, RuntimeError) as error:  # nothing can be read there, or no thread be started
-            log.warning("%s could not be cleared: %s", self.folder.path, error)
+        await self.folder.clear(keeps_work=keeps_work, is_deserted=self._is_deserted)
         _live.discard(self)
 
     def kill_now(self) -> None:
         """The same without a loop, when there is none left to wait in."""
         _live.discard(self)
         self.kill_group()
-        self._popen.wait()
         self._release()
+        self._popen.wait()
         self.folder.remove(is_deserted=self._is_deserted)
 
     @property
@@ -313,7 +316,7 @@ class KernelProcess:
 
     def kill_group(self) -> None:
         """Kill the process and its group."""
-        if self._popen.returncode is not None:
+        if self._has_ended or self._popen.returncode is not None:
             return
         try:
             os.killpg(self.pid, signal.SIGKILL)  # jupyter_client starts every kernel in a session of its own
@@ -324,6 +327,8 @@ class KernelProcess:
         if self._is_released:
             return
         self._is_released = True
+        if isinstance(self._popen, templates.ForkedProcess):
+            self._popen.unwatch()
         for fd in (self._pidfd, self._stderr, *(_fileno(channel) for channel in self._sockets.values())):
             self._loop.remove_reader(fd)
         for channel in self._sockets.values():

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from kernel_env import KernelStartError
 from kernel_env.folder import KernelFolder, sweep
+
+from .conftest import MakeEnv
 
 
 @pytest.fixture
@@ -191,6 +194,37 @@ def test_a_folder_is_swept_when_its_holder_is_gone_and_not_before(parent: Path) 
     sweep()
     assert not path.exists()
     parent.rmdir()
+
+
+def test_what_cannot_be_swept_is_tried_once(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+    left = parent / "ke-abcdefg3"
+    (left / "work").mkdir(parents=True)
+    left.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr("kernel_env.folder.remove", tried.append)
+        sweep()
+        sweep()
+    assert tried == [left]
+    shutil.rmtree(parent)
+
+
+def test_a_sweep_that_takes_long_does_not_keep_a_kernel_from_starting(
+    make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, began = threading.Event(), threading.Event()
+
+    def sweeps() -> None:
+        began.set()
+        over.wait(100)
+
+    monkeypatch.setattr("kernel_env.kernel.sweep", sweeps)
+    monkeypatch.setattr("kernel_env.kernel._SWEEPS_FOR", 0.1)
+    env = make_env()
+    env.reset()
+    assert env.execute("print('on')").observation.result.stdout == "on\n"
+    assert began.is_set()
+    over.set()
 
 
 def test_sweeping_leaves_other_things_alone(parent: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
 from kernel_env.provisioners import fork
+from kernel_env.provisioners.templates import ForkedProcess
 
 from .conftest import NEEDS_SANDBOX, InstallKernelspec, MakeEnv
 from .processes import pid_of, pid_outside, template_of, wait_for_the_end
@@ -301,6 +304,53 @@ def test_a_template_that_is_killed_costs_no_episode_anything(make_env: MakeEnv) 
     assert (died.status, died.restarted) == ("died", True)
     assert "how is not known, for its template was killed" in died.result.stderr
     assert first.execute("print('again')").observation.result.stdout == "again\n"
+
+
+def test_a_template_that_a_cell_stops_goes_on(make_env: MakeEnv) -> None:
+    first, second = make_env(isolation="process"), make_env(isolation="process")
+    first.reset()
+    stop = f"import os, signal; os.kill({template_of(first)}, signal.SIGSTOP)"
+    first.execute(stop)
+    second.reset()
+    assert second.execute("1").observation.status == "ok"
+    died = first.execute(f"{stop}; os._exit(3)").observation
+    assert (died.status, died.restarted) == ("died", True)
+    assert died.result.exception == "KernelDied: the kernel exited with code 3"
+    assert first.execute("print('again')").observation.result.stdout == "again\n"
+
+
+@pytest.mark.parametrize(("word", "status"), [(b'{"status": 3}', 3), (None, 255)])
+def test_the_word_of_a_kernel_s_end_is_waited_for_without_keeping_the_loop(
+    monkeypatch: pytest.MonkeyPatch, word: bytes | None, status: int
+) -> None:
+    if word is None:
+        monkeypatch.setattr("kernel_env.provisioners.templates._TELLS_WITHIN", 1.0)
+
+    async def body(ended: subprocess.Popen[bytes], pidfd: int) -> None:
+        channel, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lifeline, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        woken: list[bool] = []
+        told = asyncio.Event()
+        process = ForkedProcess(channel, lifeline, lambda: woken.append(True))
+        with template, kernel:
+            socket.send_fds(template, [b'{"forked": true}'], [pidfd])
+            kernel.send(b'{"bound": true}')
+            await process.until_bound()
+            assert process.pid == ended.pid
+            process.watch(asyncio.get_running_loop(), told.set)
+            await asyncio.sleep(0)
+            assert (process.poll(), told.is_set(), woken) == (None, False, [True])
+            if word is not None:
+                template.send(word)
+            await asyncio.wait_for(told.wait(), 20)
+        assert process.returncode == process.wait() == status
+        assert process.is_alone == (word is not None)
+
+    with subprocess.Popen(["true"]) as ended:
+        pidfd = os.pidfd_open(ended.pid)
+        assert select.select([pidfd], [], [], 20)[0]
+        asyncio.run(body(ended, pidfd))
+        os.close(pidfd)
 
 
 @NEEDS_SANDBOX

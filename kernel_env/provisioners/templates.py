@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import select
@@ -106,6 +107,12 @@ class _NoKernels(Exception):
         self.error = error
 
 
+class _Watch(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    told: Callable[[], object]
+    timer: asyncio.TimerHandle
+
+
 class ForkedProcess:
     """A forked kernel, with the part of `subprocess.Popen`'s interface that provisioners use.
 
@@ -114,7 +121,7 @@ class ForkedProcess:
 
     stdin = stdout = stderr = None
 
-    def __init__(self, channel: socket.socket, lifeline: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, lifeline: socket.socket, wake: Callable[[], object]) -> None:
         self.pid = 0
         self.pidfd = -1
         """A descriptor of the process; the caller may duplicate it."""
@@ -123,8 +130,11 @@ class ForkedProcess:
         self.returncode: int | None = None
         self._channel = channel
         self._lifeline = lifeline
+        self._wake = wake
         self._is_bound = self._is_silent = False
         self._status: int | None = None
+        self._told_by = math.inf
+        self._watch: _Watch | None = None
         self._close_pidfd: Callable[[], object] = lambda: None
         _live.add(self)
 
@@ -196,10 +206,10 @@ class ForkedProcess:
         self._status = message.get("status", self._status)
 
     def poll(self) -> int | None:
-        """The exit status, as Popen gives it; None while the process runs.
+        """The exit status, as Popen gives it; None while the process runs, and until the template tells.
 
         Once there is one, nothing is left of the processes it started either. 255 if nobody knows, because
-        the template was killed.
+        the template was killed, or says nothing for two seconds.
         """
         if self.returncode is None and _is_readable(self.pidfd, 0):
             self._collect()
@@ -213,9 +223,24 @@ class ForkedProcess:
         """
         if self.returncode is None and not _is_readable(self.pidfd, timeout):
             raise subprocess.TimeoutExpired("kernel", timeout or 0.0)
-        status = self.poll()
-        assert status is not None
+        while (status := self.poll()) is None:
+            _is_readable(self._channel.fileno(), max(self._told_by - time.monotonic(), 0))
         return status
+
+    def watch(self, loop: asyncio.AbstractEventLoop, told: Callable[[], object]) -> None:
+        """Call `told` on `loop` once there is an exit status; the process has ended."""
+        if self.poll() is not None:
+            loop.call_soon(told)
+            return
+        loop.add_reader(self._channel, self.poll)
+        self._watch = _Watch(loop, told, loop.call_at(loop.time() + _TELLS_WITHIN + 0.1, self.poll))
+
+    def unwatch(self) -> None:
+        """Call nobody."""
+        if self._watch is not None:
+            self._watch.loop.remove_reader(self._channel)
+            self._watch.timer.cancel()
+            self._watch = None
 
     @property
     def is_alone(self) -> bool:
@@ -223,16 +248,25 @@ class ForkedProcess:
         return self._status is not None
 
     def _collect(self) -> None:
-        deadline = time.monotonic() + _TELLS_WITHIN
-        with contextlib.suppress(EOFError, OSError):
-            while self._status is None:
-                self._channel.settimeout(max(deadline - time.monotonic(), 0.001))
+        if self._told_by == math.inf:
+            self._told_by = time.monotonic() + _TELLS_WITHIN
+            self._wake()
+        try:
+            while self._status is None and _is_readable(self._channel.fileno(), 0):
                 self._take_word_of_template()
+        except (EOFError, OSError):
+            self._told_by = 0.0
+        if self._status is None and time.monotonic() < self._told_by:
+            return
         self.returncode = _UNKNOWN if self._status is None else self._status
+        watch = self._watch
         self.release()
+        if watch is not None:
+            watch.loop.call_soon(watch.told)
 
     def release(self) -> None:
         """Let go of the process: Linux kills it if it still runs."""
+        self.unwatch()
         self._lifeline.close()
         self._channel.close()
         self._close_pidfd()
@@ -314,11 +348,12 @@ class _Template:
         Raises:
             ConfigError, KernelStartError, _TemplateGone: as `ForkedProcess.until_bound`.
         """
+        self._wake()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lifeline, kernel_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         lifeline.setblocking(False)
-        process = ForkedProcess(ours, lifeline)
+        process = ForkedProcess(ours, lifeline, self._wake)
         self.processes.add(process)  # from now on, or the template would seem to have nothing to do
         try:
             with theirs, kernel_end:
@@ -347,6 +382,9 @@ class _Template:
                 await asyncio.sleep(0.005)
             else:
                 return
+
+    def _wake(self) -> None:
+        self._process.send_signal(signal.SIGCONT)  # a cell of a kernel that is not confined can stop it
 
     def end(self) -> None:
         """End the process; of its kernels, those that are confined end with it."""
@@ -399,6 +437,7 @@ def _after_fork() -> None:
         template.let_go()
     _templates.clear()
     for process in list(_live):
+        process._watch = None  # the loop's epoll object is shared: what is removed here is removed there
         process.release()
 
 
