@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pytest
 
-from kernel_env import Episode, LocalREPLEnv, REPLAction, REPLEnvironment, REPLObservation, REPLState
+from kernel_env import (
+    Episode,
+    EpisodeOver,
+    LocalREPLEnv,
+    REPLAction,
+    REPLEnvironment,
+    REPLObservation,
+    REPLState,
+)
 from tests.conftest import NEEDS_SANDBOX
-from tests.processes import pid_of
 
 
 class Facade(Protocol):
@@ -27,6 +36,7 @@ class Facade(Protocol):
 
 
 MakeFacade = Callable[..., Facade]
+F = TypeVar("F", bound="Local | Async")
 StartEnv = Callable[..., LocalREPLEnv]
 LendEnv = Callable[..., LocalREPLEnv]
 
@@ -74,6 +84,9 @@ class Local:
     def close(self) -> None:
         self._env.close()
 
+    def end(self) -> None:
+        self.close()
+
     @property
     def episode(self) -> Episode:
         return self._env.episode
@@ -120,18 +133,24 @@ class Async:
         pytest.param((Local, Kind("stock", "process")), id="local-started"),
     ]
 )
-def make(request: pytest.FixtureRequest) -> Iterator[MakeFacade]:
+def new_facade(request: pytest.FixtureRequest) -> partial[Local | Async]:
+    """The facade under test, over the kernels under test."""
+    facade, kind = request.param
+    return partial(facade, **kind.options)
+
+
+@pytest.fixture
+def make(new_facade: partial[Local | Async]) -> Iterator[MakeFacade]:
     """Make facades of the kind under test, over the kernels under test; they are closed at the end."""
     made: list[Local | Async] = []
-    facade, kind = request.param
 
     def make_one(**options: Any) -> Facade:
-        made.append(facade(**kind.options | options))
+        made.append(new_facade(**options))
         return made[-1]
 
     yield make_one
     for facade in made:
-        facade.end() if isinstance(facade, Async) else facade.close()
+        facade.end()
 
 
 @pytest.fixture(params=KERNELS)
@@ -157,42 +176,48 @@ def start(kind: Kind) -> Iterator[StartEnv]:
 
 
 class Lender:
-    """Episodes that the tests of a module take turns with, for cells after which the kernel goes on.
+    """Episodes that tests of a module take turns with, for cells after which the kernel goes on, or another.
 
-    A test gets one that it made itself, or that worked after the test before in the kernel it began with: so
-    each finds what it broke itself. After `TURNS` tests a new one begins: what a kernel logs has an end.
+    A test gets one that it made itself, or that worked after the test before: so each finds what it broke
+    itself. After `TURNS` tests a new one begins: what a kernel logs has an end.
     """
 
     TURNS = 15
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[LocalREPLEnv, list[int]]] = {}
+        self._held: dict[str, Any] = {}
+        self._turns: Counter[str] = Counter()
         self._lent: set[str] = set()
 
-    def lend(self, options: dict[str, Any]) -> LocalREPLEnv:
-        """The episode for these options, until `take_back`."""
-        key = repr(sorted(options.items()))
+    def lend(self, new: partial[F], reset: dict[str, Any] | None, options: dict[str, Any]) -> F:
+        """The episode of such a facade with these options, until `take_back`."""
+        key = f"{new.func} {sorted((new.keywords | options).items())} {reset}"
         if key not in self._held:
-            env = LocalREPLEnv(**options)
-            self._held[key] = env, []
-            env.reset(max_iterations=10**6)
-        env, pids = self._held[key]
-        pids.append(pid_of(env))
+            self._held[key] = new(**options)
+            self._held[key].reset(**{"max_iterations": 10**6} | (reset or {}))
+        self._turns[key] += 1
         self._lent.add(key)
-        return env
+        lent: F = self._held[key]
+        return lent
 
     def take_back(self) -> None:
         """Keep what was lent, or close it."""
         for key in self._lent:
-            env, pids = self._held[key]
-            went_well = env.execute("1").observation.result.stdout == "1\n" and pid_of(env) == pids[0]
-            if not went_well or len(pids) == self.TURNS:
-                self._held.pop(key)[0].close()
+            if not _works(self._held[key]) or self._turns[key] == self.TURNS:
+                self._held.pop(key).end()
+                del self._turns[key]
         self._lent.clear()
 
     def close(self) -> None:
-        for env, _ in self._held.values():
-            env.close()
+        for facade in self._held.values():
+            facade.end()
+
+
+def _works(facade: Facade) -> bool:
+    try:
+        return facade.execute("1").result.stdout == "1\n"
+    except EpisodeOver:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +229,14 @@ def lender() -> Iterator[Lender]:
 
 @pytest.fixture
 def lend(kind: Kind, lender: Lender) -> Iterator[LendEnv]:
-    """Lend an episode in the kind of kernel under test, `lend(**options)`; others had it and will have it."""
-    yield lambda **options: lender.lend(kind.options | options)
+    """Lend an episode in the kind of kernel under test, as `start` starts one, for one test after another."""
+    new = partial(Local, **kind.options)
+    yield lambda reset=None, **options: lender.lend(new, reset, options)._env
+    lender.take_back()
+
+
+@pytest.fixture
+def share(new_facade: partial[Local | Async], lender: Lender) -> Iterator[MakeFacade]:
+    """The same in the facade under test, as `make` makes them, after a reset."""
+    yield lambda **options: lender.lend(new_facade, None, options)
     lender.take_back()

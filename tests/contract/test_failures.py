@@ -25,11 +25,10 @@ from .conftest import MakeFacade
         "import subprocess; subprocess.run(['sleep', '60'])",
     ],
 )
-def test_a_cell_past_its_time_is_interrupted_and_keeps_its_variables(make: MakeFacade, code: str) -> None:
-    env = make()
-    env.reset()
+def test_a_cell_past_its_time_is_interrupted_and_keeps_its_variables(share: MakeFacade, code: str) -> None:
+    env = share()
     start = time.monotonic()
-    observation = env.execute(f"x = 1\nprint('before', flush=True)\n{code}", timeout_s=0.5)
+    observation = env.execute(f"x = {code!r}\nprint('before', flush=True)\n{code}", timeout_s=0.5)
     assert time.monotonic() - start < 2.5
     assert (observation.status, observation.restarted, observation.done) == ("timeout", False, False)
     assert observation.result.stdout == "before\n"
@@ -37,7 +36,7 @@ def test_a_cell_past_its_time_is_interrupted_and_keeps_its_variables(make: MakeF
         "TimeoutError: the cell was stopped because it was active for more than 0.5 s"
     )
     assert "variables are kept" in observation.result.stderr
-    assert env.execute("x").result.stdout == "1\n"
+    assert env.execute("print(x)").result.stdout == f"{code}\n"
 
 
 IGNORES_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nx = 1\nwhile True: pass"

@@ -24,6 +24,9 @@ def value(make: MakeFacade, code: str, **options: Any) -> str:
     return observation.result.stdout.strip()
 
 
+ADD = {"add": lambda a, b: a + b}
+
+
 async def asynchronous(prompt: str, model: str | None = None) -> str:
     await asyncio.sleep(0)
     return f"{prompt}-{model}"
@@ -176,15 +179,14 @@ def test_a_context_that_cannot_be_handed_over_is_an_error(make: MakeFacade) -> N
     ],
 )
 def test_wrong_arguments_are_a_type_error_without_a_round_trip(
-    make: MakeFacade, call: str, message: str
+    share: MakeFacade, call: str, message: str
 ) -> None:
-    env = make(llm_query_fn=str, tools={"add": lambda a, b: a + b})
-    env.reset()
+    env = share(llm_query_fn=str, tools=ADD)
     exception = env.execute(call).result.exception
     assert exception is not None
     assert exception.startswith("TypeError: ")
     assert message in exception
-    assert env.episode.turns[0].helper_calls == ()
+    assert env.episode.turns[-1].helper_calls == ()
 
 
 def test_tools_keep_signature_and_docstring(make: MakeFacade) -> None:

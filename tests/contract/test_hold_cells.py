@@ -57,10 +57,8 @@ def test_a_forked_kernel_needs_less_of_ipykernel(start: StartEnv, kind: Kind, na
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(
-    start: StartEnv, name: str
-) -> None:
-    env = start({"context": "ctx"}, llm_query_fn=str.upper)
+def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(lend: LendEnv, name: str) -> None:
+    env = lend({"context": "ctx"}, llm_query_fn=str.upper, limits=Limits(restarts=100))
     env.execute("lost = 1")
     begin = time.monotonic()
     observation = env.execute(cell(LOST[name])).observation
@@ -140,9 +138,9 @@ def test_a_value_s_text_may_do_what_it_likes_wherever_it_is_shown(start: StartEn
     env = start(
         {"context": "ctx"},
         llm_query_fn=str.upper,
-        limits=Limits(interrupt_grace=1, restarts=100),
+        limits=Limits(interrupt_grace=0.5, restarts=100),
     )
-    timeout = 1 if name in ("spins", "sleeps") else 15
+    timeout = 0.5 if name in ("spins", "sleeps") else 15
     is_large = name == "is of 1 GB"  # which takes seconds each time
     for use, code in USES.items():
         if is_large and use not in ("a result", "an answer"):

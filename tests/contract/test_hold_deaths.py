@@ -16,7 +16,7 @@ from kernel_env import KernelStartError, Limits, LocalREPLEnv
 from kernel_env.bridge import Bridge
 from tests.processes import pid_of
 
-from .conftest import Kind, StartEnv
+from .conftest import Kind, LendEnv, StartEnv
 
 DEATHS = {
     "os._exit": ("import os; os._exit(3)", "exited with code 3"),
@@ -78,9 +78,9 @@ def assert_told_within_a_second(env: LocalREPLEnv, death: Death) -> None:
 
 
 @pytest.mark.parametrize("name", DEATHS)
-def test_a_death_in_a_cell_is_an_observation_within_a_second(start: StartEnv, name: str) -> None:
+def test_a_death_in_a_cell_is_an_observation_within_a_second(lend: LendEnv, name: str) -> None:
     code, end = DEATHS[name]
-    env = start({"context": "ctx"})
+    env = lend({"context": "ctx"}, limits=Limits(restarts=100))
     env.execute("lost = 1")
     death = Death(pid_of(env))
     observation = env.execute(f"print('before', flush=True)\n{code}").observation
@@ -117,7 +117,7 @@ def test_deaths_cost_no_other_episode_anything(start: StartEnv) -> None:
 
     def go_on() -> bool:
         calls[0] += 1
-        return not ended.is_set()
+        return not ended.wait(0.01)  # without it the two take a core from the kernels that start
 
     other = start(
         tools={"go_on": go_on}, llm_query_fn=str.upper, limits=Limits(helper_calls=10**7, cell_total=250)

@@ -154,8 +154,8 @@ def test_the_calls_of_a_thread_pool_are_cancelled_and_it_ends_within_a_second(st
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_a_cell_that_no_interrupt_reaches_costs_the_kernel(start: StartEnv, name: str) -> None:
-    env = start(limits=Limits(interrupt_grace=0.5))
+def test_a_cell_that_no_interrupt_reaches_costs_the_kernel(lend: LendEnv, name: str) -> None:
+    env = lend(limits=Limits(interrupt_grace=0.5, restarts=100))
     env.execute("lost = 1")
     observation = env.execute(textwrap.dedent(KILLED[name]).strip(), timeout_s=0.5).observation
     assert (observation.status, observation.restarted) == ("timeout", True)
@@ -241,35 +241,38 @@ def test_ctrl_c_in_the_caller_leaves_the_episode_usable(kind: Kind) -> None:
     assert done.stdout == "".join(expected), done.stderr
 
 
-@pytest.mark.parametrize("name", STOPPED)
-def test_a_cancelled_step_leaves_the_episode_usable(kind: Kind, name: str) -> None:
-    code, is_killed = STOPPED[name]
-
-    async def body() -> None:
-        printed = asyncio.Event()
-        env = REPLEnvironment(
-            **kind.options,
-            llm_query_fn=never,
-            on_output=lambda output: printed.set(),
-            limits=Limits(interrupt_grace=grace(is_killed)),
-        )
-        await env.reset_async()
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_cancelled_step_leaves_the_episode_usable(kind: Kind, is_killed: bool) -> None:
+    async def stop(env: REPLEnvironment, code: str) -> None:
+        printed.clear()
+        await env.step_async(REPLAction(code="globals().pop('x', None)"))
         step = asyncio.create_task(env.step_async(REPLAction(code=code)))
         await printed.wait()
         step.cancel()
         begin = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await step
-        assert (
-            time.monotonic() - begin < 18
-        )  # less than the grace; else half a second of it, and a fresh kernel
-        (turn,) = env.episode.turns
-        assert turn.observation.restarted == is_killed
-        assert "the caller interrupted it" in (turn.observation.result.exception or "")
+        # Less than the grace; else half a second of it, and a fresh kernel.
+        assert time.monotonic() - begin < 18
+        observation = env.episode.turns[-1].observation
+        assert observation.restarted == is_killed
+        assert "the caller interrupted it" in (observation.result.exception or "")
         observation = await env.step_async(REPLAction(code="print('x' in globals())"))
         assert (observation.status, observation.result.stdout) == ("ok", f"{not is_killed}\n")
+
+    async def body() -> None:
+        env = REPLEnvironment(
+            **kind.options,
+            llm_query_fn=never,
+            on_output=lambda output: printed.set() if "on" in output.get("text", "") else None,
+            limits=Limits(interrupt_grace=grace(is_killed)),
+        )
+        await env.reset_async()
+        for code in [code for code, costs_kernel in STOPPED.values() if costs_kernel == is_killed]:
+            await stop(env, code)
         await env.close_async()
 
+    printed = asyncio.Event()
     asyncio.run(body())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kernel_env import LocalREPLEnv
 
-from .conftest import StartEnv
+from .conftest import LendEnv, StartEnv
 
 LATE = "refused: its cell has ended"
 FORK = "import os\nr, w = os.pipe()\nif os.fork() == 0:\n"
@@ -21,17 +21,21 @@ def prompts_by_turn(env: LocalREPLEnv) -> list[list[str]]:
     return [sorted(call.arguments["prompt"] for call in turn.helper_calls) for turn in env.episode.turns]
 
 
+CALLED: list[str] = []
+TOOL = {"tool": lambda: CALLED.append("tool")}
+
+
+def called_with(prompt: str) -> str:
+    CALLED.append(prompt)
+    return prompt
+
+
 @pytest.mark.parametrize("call", ["FINAL('late')", "llm_query('late')", "tool()"])
 def test_a_call_of_a_thread_whose_cell_has_ended_is_refused_and_changes_nothing(
-    start: StartEnv, call: str
+    lend: LendEnv, call: str
 ) -> None:
-    called = []
-
-    def model(prompt: str) -> str:
-        called.append(prompt)
-        return prompt
-
-    env = start(llm_query_fn=model, tools={"tool": lambda: called.append("tool")})
+    CALLED.clear()
+    env = lend(llm_query_fn=called_with, tools=TOOL)
     code = f"""
 import threading
 go, said = threading.Event(), []
@@ -45,16 +49,16 @@ thread.start()
     env.execute(code)
     observation = env.execute("go.set(); thread.join(); print(said[0])").observation
     assert observation.result.stdout.startswith(LATE)
-    assert (observation.done, observation.final_answer, called) == (False, None, [])
-    assert not any(turn.helper_calls for turn in env.episode.turns)
+    assert (observation.done, observation.final_answer, CALLED) == (False, None, [])
+    assert not any(turn.helper_calls for turn in env.episode.turns[-2:])
     assert env.execute("llm_query('own')").observation.result.stdout == "'own'\n"
 
 
 @pytest.mark.parametrize(
     "call", ["FINAL('late')", "llm_query('late')", "await asyncio.to_thread(llm_query, 'late')"]
 )
-def test_a_call_of_a_task_whose_cell_has_ended_is_refused(start: StartEnv, call: str) -> None:
-    env = start(llm_query_fn=str.upper)
+def test_a_call_of_a_task_whose_cell_has_ended_is_refused(lend: LendEnv, call: str) -> None:
+    env = lend(llm_query_fn=str.upper)
     code = f"""
 import asyncio
 go, said = asyncio.Event(), []
@@ -68,7 +72,7 @@ task = asyncio.create_task(late())
     observation = env.execute("go.set(); await task; print(said[0])").observation
     assert observation.result.stdout.startswith(LATE)
     assert not observation.done
-    assert not any(turn.helper_calls for turn in env.episode.turns)
+    assert not any(turn.helper_calls for turn in env.episode.turns[-2:])
 
 
 def test_work_given_to_an_old_pool_belongs_to_the_cell_that_gives_it(start: StartEnv) -> None:
@@ -134,11 +138,11 @@ def test_tasks_call_helpers_side_by_side(start: StartEnv) -> None:
     ],
     ids=["fork", "fork pool", "spawn pool", "forkserver pool"],
 )
-def test_helpers_work_in_child_processes(start: StartEnv, code: str, expected: bytes | list[str]) -> None:
-    env = start(llm_query_fn=str.upper)
+def test_helpers_work_in_child_processes(lend: LendEnv, code: str, expected: bytes | list[str]) -> None:
+    env = lend(llm_query_fn=str.upper)
     observation = env.execute(code).observation
     assert (observation.result.stdout, observation.result.stderr) == (f"{expected!r}\n", "")
-    assert prompts_by_turn(env) == [["a", "b"][: len(expected)]]
+    assert prompts_by_turn(env)[-1] == ["a", "b"][: len(expected)]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -163,27 +163,25 @@ def test_context_and_answer_come_back_only_when_deleted(broken: Facade) -> None:
     assert broken.variable("context").result.stdout == "'mine'\n"
 
 
-def test_input_fails_at_once(make: MakeFacade) -> None:
-    env = make()
-    env.reset()
+def test_input_fails_at_once(share: MakeFacade) -> None:
+    env = share()
     observation = env.execute("input('? ')")
     assert observation.result.exception is not None
     assert observation.result.exception.startswith("StdinNotImplementedError")
 
 
 @pytest.mark.parametrize("code", ["exit()", "quit()", "get_ipython().ask_exit()", "exit"])
-def test_exit_ends_the_cell_only(make: MakeFacade, code: str) -> None:
-    env = make()
-    env.reset()
-    observation = env.execute(f"x = 1\nprint('before')\n{code}\nx = 2" if "(" in code else "x = 1\nexit")
+def test_exit_ends_the_cell_only(share: MakeFacade, code: str) -> None:
+    env = share()
+    begin = f"x = {code!r}\nprint('before')\n{code}"
+    observation = env.execute(f"{begin}\nx = 2" if "(" in code else begin)
     assert observation.status == "ok"
     assert not observation.restarted
-    assert env.variable("x").result.stdout == "1\n"
+    assert env.variable("x").result.stdout == f"{code!r}\n"
 
 
-def test_everything_ipython_does(make: MakeFacade) -> None:
-    env = make()
-    env.reset()
+def test_everything_ipython_does(share: MakeFacade) -> None:
+    env = share()
     code = """
 import asyncio, threading
 class Point:
@@ -202,9 +200,8 @@ Point()
     assert observation.outputs[-1]["data"] == {"text/html": "<b>p</b>", "text/plain": "p"}
 
 
-def test_a_plot_is_an_image_in_the_outputs(make: MakeFacade) -> None:
-    env = make()
-    env.reset()
+def test_a_plot_is_an_image_in_the_outputs(share: MakeFacade) -> None:
+    env = share()
     observation = env.execute("import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()", timeout_s=60)
     assert [o for o in observation.outputs if "image/png" in o.get("data", {})]
 

@@ -157,9 +157,8 @@ def test_metadata_at_every_point(make: MakeFacade) -> None:
     assert end["total_execution_time"] == pytest.approx(step["execution_time"] + end["execution_time"])
 
 
-def test_stdout_and_stderr_in_order(make: MakeFacade) -> None:
-    env = make()
-    env.reset()
+def test_stdout_and_stderr_in_order(share: MakeFacade) -> None:
+    env = share()
     code = """
 import sys
 from IPython.display import display
@@ -176,9 +175,8 @@ print('warning', file=sys.stderr)
     assert (result.success, result.exception) == (False, "ZeroDivisionError: division by zero")
 
 
-def test_tracebacks_have_no_colours_and_no_host_paths(make: MakeFacade) -> None:
-    env = make(llm_query_fn=str)
-    env.reset()
+def test_tracebacks_have_no_colours_and_no_host_paths(share: MakeFacade) -> None:
+    env = share(llm_query_fn=str)
     for code in ("import json\njson.loads('{')", "llm_query(1)", "%run missing.py", "def f(:"):
         stderr = env.execute(code).result.stderr
         assert "\x1b" not in stderr
@@ -302,9 +300,8 @@ def test_a_namespace_of_many_names_keeps_the_helpers(make: MakeFacade) -> None:
     assert {"context", "answer", "llm_query"} <= set(names)
 
 
-def test_help_is_shown(make: MakeFacade) -> None:
-    env = make(llm_query_fn=str.upper)
-    env.reset()
+def test_help_is_shown(share: MakeFacade) -> None:
+    env = share(llm_query_fn=str.upper)
     stdout = env.execute("llm_query?").result.stdout
     assert "Ask a language model" in stdout
     assert "\x1b" not in stdout
@@ -444,10 +441,9 @@ def test_the_record_of_an_episode(make: MakeFacade) -> None:
     ],
 )
 def test_a_bad_reset_says_what_is_wrong_and_keeps_the_episode(
-    make: MakeFacade, options: dict[str, Any], words: str
+    share: MakeFacade, options: dict[str, Any], words: str
 ) -> None:
-    env = make()
-    env.reset()
+    env = share()
     env.execute("x = 1")
     with pytest.raises(ConfigError, match=words):
         env.reset(**options)
@@ -473,9 +469,8 @@ def test_bad_steps_are_refused_before_they_count(make: MakeFacade) -> None:
 
 
 @pytest.mark.parametrize("code", ["x = '\ud800'", "x = 1\x00"])
-def test_code_that_is_no_text_is_a_failed_cell(make: MakeFacade, code: str) -> None:
-    env = make()
-    env.reset()
+def test_code_that_is_no_text_is_a_failed_cell(share: MakeFacade, code: str) -> None:
+    env = share()
     observation = env.execute(code)
     assert observation.status == "error"
     assert observation.result.exception is not None
