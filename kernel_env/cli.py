@@ -283,7 +283,7 @@ def _how_started(name: str) -> str:
         return f"not usable: {error}"
     if spec.metadata["kernel_provisioner"]["provisioner_name"] == LOCAL:
         return f"started, not forked: {reason}"
-    return f"forked, without a debugger: {reason}"
+    return f"forked: {reason}"
 
 
 def _check_system_calls() -> str:

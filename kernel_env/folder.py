@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -38,13 +37,7 @@ WRITABLE = ("work", "home", "tmp", "run")
 _MAKING_SECONDS = 60
 _ROUNDS = 20
 
-_IPYTHON_CONFIG = {
-    # History goes to a database file: 2.6 ms of a step, and locks on network file systems.
-    "HistoryManager": {"enabled": False},
-    "InteractiveShellApp": {"exec_PYTHONSTARTUP": False},
-    "IPKernelApp": {"quiet": True},
-}
-
+_PROFILE = Path(__file__).parent / "guest" / "profile.py"
 
 _held_here: dict[KernelFolder, int] = {}
 """Folders → the process that holds them."""
@@ -195,9 +188,9 @@ def _furnish(folder: Path) -> None:
     if not (folder / "work").is_dir():
         (folder / "work").mkdir()
         made.append(folder / "work")
-    config = profile / "ipython_kernel_config.json"
+    config = profile / "ipython_kernel_config.py"
     with open(config, "x", encoding="utf-8") as file:
-        json.dump(_IPYTHON_CONFIG, file)
+        file.write(_PROFILE.read_text("utf-8"))
     give_to_owner(folder, *made, profile.parent, profile, config)
 
 

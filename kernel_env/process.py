@@ -386,5 +386,4 @@ def _environment(folder: Path) -> dict[str, str]:
         **templates.environment_of_folder(folder),
         # Sets of text have the same order in every kernel; else the same seed would not give the same output.
         "PYTHONHASHSEED": "0",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }

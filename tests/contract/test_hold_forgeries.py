@@ -454,8 +454,8 @@ def test_the_time_between_a_second_client_s_cell_and_ours_is_not_ours(
 
 
 @pytest.mark.parametrize("message", ["not json", "[]", '{"status": 0}', '{"error": "x"}', '{"forked": true}'])
-def test_what_a_kernel_says_on_its_other_sockets_changes_nothing(start: StartEnv, message: str) -> None:
-    env = start()
+def test_what_a_kernel_says_on_its_other_sockets_changes_nothing(lend: LendEnv, message: str) -> None:
+    env = lend(limits=Limits(restarts=100))
     code = f"""
 import os, socket
 for fd in os.listdir('/proc/self/fd'):

@@ -200,6 +200,13 @@ Point()
     assert observation.outputs[-1]["data"] == {"text/html": "<b>p</b>", "text/plain": "p"}
 
 
+def test_there_is_no_debugger_but_its_package_can_be_imported(share: MakeFacade) -> None:
+    env = share()
+    code = "'debugger' in get_ipython().kernel.kernel_info.get('supported_features', [])"
+    assert env.execute(code).result.stdout == "False\n"
+    assert env.execute("import debugpy; debugpy.__name__").result.stdout == "'debugpy'\n"
+
+
 def test_a_plot_is_an_image_in_the_outputs(share: MakeFacade) -> None:
     env = share()
     observation = env.execute("import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()", timeout_s=60)
