@@ -41,8 +41,9 @@ _PROFILE = Path(__file__).parent / "guest" / "profile.py"
 
 _held_here: dict[KernelFolder, int] = {}
 """Folders → the process that holds them."""
-_stuck: set[Path] = set()
-"""What was swept and is still there: it is not tried again at every start."""
+_stuck: dict[Path, float] = {}
+"""What was swept and is still there → when it is to be tried again, and not at every start."""
+_AGAIN_AFTER = 600
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,13 @@ def _parent() -> str:
 def sweep() -> None:
     """Remove the folders of this user whose holder is gone: killed, it could not do so itself."""
     for parent in {tempfile.gettempdir(), _parent()}:
-        found = set()
+        found = []
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            found = {Path(entry.path) for entry in entries if _SWEPT.fullmatch(entry.name)}
-        for path in found - _stuck:
-            with contextlib.suppress(OSError):
-                _sweep(path)
+            found = [Path(entry.path) for entry in entries if _SWEPT.fullmatch(entry.name)]
+        for path in found:
+            if _stuck.get(path, 0) <= time.monotonic():
+                with contextlib.suppress(OSError):
+                    _sweep(path)
 
 
 def _sweep(path: Path) -> None:
@@ -235,7 +237,7 @@ def _sweep(path: Path) -> None:
         _evict(path)
         remove(path)
         if os.path.lexists(path):
-            _stuck.add(path)
+            _stuck[path] = time.monotonic() + _AGAIN_AFTER
 
 
 def _is_abandoned(path: Path, folder: int) -> bool:

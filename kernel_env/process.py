@@ -215,7 +215,8 @@ class KernelProcess:
 
     def _note_exit(self) -> None:
         try:
-            self._read_stderr()
+            if not self._is_released:
+                self._read_stderr()
         finally:
             self.exited.set()
             self._on_exit()
@@ -386,4 +387,5 @@ def _environment(folder: Path) -> dict[str, str]:
         **templates.environment_of_folder(folder),
         # Sets of text have the same order in every kernel; else the same seed would not give the same output.
         "PYTHONHASHSEED": "0",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }

@@ -19,7 +19,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
 from kernel_env.provisioners import fork
-from kernel_env.provisioners.templates import ForkedProcess
+from kernel_env.provisioners.templates import ForkedProcess, _Template
 
 from .conftest import NEEDS_SANDBOX, InstallKernelspec, MakeEnv
 from .processes import pid_of, pid_outside, template_of, wait_for_the_end
@@ -317,6 +317,37 @@ def test_a_template_that_a_cell_stops_goes_on(make_env: MakeEnv) -> None:
     assert (died.status, died.restarted) == ("died", True)
     assert died.result.exception == "KernelDied: the kernel exited with code 3"
     assert first.execute("print('again')").observation.result.stdout == "again\n"
+
+
+def test_a_template_that_is_stopped_in_the_middle_of_a_start_goes_on(
+    make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_env(isolation="process"), make_env(isolation="process")
+    first.reset()
+    woken: list[bool] = []
+    wake = _Template._wake
+
+    def wake_later(template: _Template) -> None:
+        if woken:  # the stop comes just after the first time
+            wake(template)
+        woken.append(True)
+
+    monkeypatch.setattr(_Template, "_wake", wake_later)
+    os.kill(template_of(first), signal.SIGSTOP)
+    second.reset()
+    assert second.execute("print('on')").observation.result.stdout == "on\n"
+    assert len(woken) >= 2
+
+
+def test_a_process_that_was_released_has_ended_somehow() -> None:
+    channel, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = ForkedProcess(channel, lifeline, lambda: None)
+    with template, kernel, subprocess.Popen(["true"]) as ended:
+        process.pidfd = os.pidfd_open(ended.pid)
+        os.close(process.pidfd)
+        process.release()
+        assert (process.poll(), process.wait()) == (255, 255)
 
 
 @pytest.mark.parametrize(("word", "status"), [(b'{"status": 3}', 3), (None, 255)])

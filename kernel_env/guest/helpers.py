@@ -372,8 +372,6 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         warnings.filterwarnings("ignore", "Output cache limit", UserWarning)
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
         kernel.log.setLevel("WARNING")
-        if sys.modules.get("debugpy", kernel) is None:  # of the profile's: cells may have it
-            del sys.modules["debugpy"]
         the_guard = guard.Guard(shell, (sys.stdout, sys.stderr))
         # At the default of 1,000 messages zmq drops output, `idle` included, while the host's reader is slow.
         iopub = kernel.iopub_thread

@@ -7,5 +7,17 @@ c = get_config()  # type: ignore[name-defined]  # noqa: F821 - IPython executes 
 c.HistoryManager.enabled = False
 c.InteractiveShellApp.exec_PYTHONSTARTUP = False
 c.IPKernelApp.quiet = True
-# ipykernel would import it for a debugger: a quarter of a start. Once the guest is in, cells can.
-sys.modules["debugpy"] = None  # type: ignore[assignment]
+
+
+class NotTheFirstTime:
+    """Keeps ipykernel from importing debugpy, a quarter of a start; cells, which come later, can."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name == "debugpy":
+            sys.meta_path.remove(cls)
+            raise ModuleNotFoundError("kernels of kernel_env have no debugger", name=name)
+
+
+if "debugpy" not in sys.modules:  # an old ipykernel has it by now, and a template has seen to it
+    sys.meta_path.insert(0, NotTheFirstTime)

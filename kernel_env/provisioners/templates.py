@@ -38,6 +38,7 @@ log = logging.getLogger("kernel_env.provisioners.templates")
 
 _TEMPLATE = Path(__file__).parents[1] / "guest" / "template.py"
 _TELLS_WITHIN = 2.0  # seconds from the end of a kernel to its template's word on it
+_WAKES_EVERY = 1.0  # seconds that nothing is heard of a kernel that is to be forked
 _DATAGRAM = 2**16
 _MOST_TEMPLATES = 4
 _IDLE = 5.0  # seconds
@@ -151,10 +152,12 @@ class ForkedProcess:
             for end in ends:
                 loop.add_reader(end, _set, ready)
             try:
-                await ready
+                await asyncio.wait({ready}, timeout=_WAKES_EVERY)
             finally:
                 for end in ends:
                     loop.remove_reader(end)
+            if not ready.done():
+                self._wake()
             if not self._is_silent and _is_readable(self._lifeline.fileno(), 0):
                 self._take_word_of_kernel()
             if _is_readable(self._channel.fileno(), 0):
@@ -254,7 +257,7 @@ class ForkedProcess:
         try:
             while self._status is None and _is_readable(self._channel.fileno(), 0):
                 self._take_word_of_template()
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):  # the template is gone, or this object was released
             self._told_by = 0.0
         if self._status is None and time.monotonic() < self._told_by:
             return

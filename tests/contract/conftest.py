@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -12,7 +11,7 @@ import pytest
 
 from kernel_env import (
     Episode,
-    EpisodeOver,
+    Limits,
     LocalREPLEnv,
     REPLAction,
     REPLEnvironment,
@@ -20,6 +19,7 @@ from kernel_env import (
     REPLState,
 )
 from tests.conftest import NEEDS_SANDBOX
+from tests.processes import pid_of
 
 
 class Facade(Protocol):
@@ -176,48 +176,44 @@ def start(kind: Kind) -> Iterator[StartEnv]:
 
 
 class Lender:
-    """Episodes that tests of a module take turns with, for cells after which the kernel goes on, or another.
+    """Episodes that tests of a module take turns with, for cells after which the kernel goes on.
 
-    A test gets one that it made itself, or that worked after the test before: so each finds what it broke
-    itself. After `TURNS` tests a new one begins: what a kernel logs has an end.
+    A test gets one that it made itself, or that worked after the test before in the kernel it began with, or
+    in a fresh one if its limits allow for so many: so each finds what it broke itself. After `TURNS` tests a
+    new one begins: what a kernel logs has an end.
     """
 
     TURNS = 15
 
     def __init__(self) -> None:
-        self._held: dict[str, Any] = {}
-        self._turns: Counter[str] = Counter()
-        self._lent: set[str] = set()
+        self._held: dict[str, tuple[Any, list[int]]] = {}
+        self._lent: dict[str, bool] = {}
 
     def lend(self, new: partial[F], reset: dict[str, Any] | None, options: dict[str, Any]) -> F:
         """The episode of such a facade with these options, until `take_back`."""
         key = f"{new.func} {sorted((new.keywords | options).items())} {reset}"
         if key not in self._held:
-            self._held[key] = new(**options)
-            self._held[key].reset(**{"max_iterations": 10**6} | (reset or {}))
-        self._turns[key] += 1
-        self._lent.add(key)
-        lent: F = self._held[key]
+            facade = new(**options)
+            self._held[key] = facade, []
+            facade.reset(**{"max_iterations": 10**6} | (reset or {}))
+        lent: F
+        lent, pids = self._held[key]
+        pids.append(pid_of(lent))
+        self._lent[key] = options.get("limits", Limits()).restarts >= self.TURNS
         return lent
 
     def take_back(self) -> None:
         """Keep what was lent, or close it."""
-        for key in self._lent:
-            if not _works(self._held[key]) or self._turns[key] == self.TURNS:
-                self._held.pop(key).end()
-                del self._turns[key]
+        for key, may_lose_kernels in self._lent.items():
+            facade, pids = self._held[key]
+            is_good = may_lose_kernels or pid_of(facade) == pids[0]
+            if not is_good or len(pids) == self.TURNS or facade.execute("1").result.stdout != "1\n":
+                self._held.pop(key)[0].end()
         self._lent.clear()
 
     def close(self) -> None:
-        for facade in self._held.values():
+        for facade, _ in self._held.values():
             facade.end()
-
-
-def _works(facade: Facade) -> bool:
-    try:
-        return facade.execute("1").result.stdout == "1\n"
-    except EpisodeOver:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_a_loop_that_only_puts_out_is_interrupted(lend: LendEnv, code: str) -> N
     for _ in range(5):
         observation = env.execute(code, timeout_s=0.2).observation
         assert (observation.status, observation.restarted) == ("timeout", False)
-        assert observation.outputs[-1]["output_type"] == "error"
+        assert observation.outputs[-1]["output_type"] == "error", observation.result.stderr
         assert "malformed" not in observation.result.stderr
     assert env.execute("kept").observation.result.stdout == "1\n"
 

@@ -204,7 +204,8 @@ def test_there_is_no_debugger_but_its_package_can_be_imported(share: MakeFacade)
     env = share()
     code = "'debugger' in get_ipython().kernel.kernel_info.get('supported_features', [])"
     assert env.execute(code).result.stdout == "False\n"
-    assert env.execute("import debugpy; debugpy.__name__").result.stdout == "'debugpy'\n"
+    result = env.execute("import debugpy.server.api as api; print(api.__name__)").result
+    assert (result.stdout, result.stderr) == ("debugpy.server.api\n", "")
 
 
 def test_a_plot_is_an_image_in_the_outputs(share: MakeFacade) -> None:
