@@ -53,6 +53,7 @@ class Guard:
     def __init__(self, shell: Any, streams: tuple[Any, Any]) -> None:
         self.is_interruptible = False
         """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
+        self._missed: Any = None
         self.own_code: frozenset[Any] = frozenset()
         """The code that sets this, and the handler's: it comes to its end when a second interrupt comes."""
         self._shell = shell
@@ -89,7 +90,19 @@ class Guard:
             vars(stream).pop("write", None)
 
     def _on_sigint(self, _: int, frame: Any) -> None:
-        if self.is_interruptible and frame.f_code not in self.own_code and not self._is_in_stream(frame):
+        if not self.is_interruptible:
+            self._missed = self._request()
+        elif frame.f_code not in self.own_code and not self._is_in_stream(frame):
+            raise KeyboardInterrupt
+
+    def _request(self) -> Any:
+        with contextlib.suppress(Exception):
+            return self._shell.kernel.get_parent()["header"]["msg_id"]
+
+    def take_missed(self) -> None:
+        """Raise the interrupt that came between the beginning of this request and that of its code."""
+        missed, self._missed = self._missed, None
+        if missed is not None and missed == self._request():
             raise KeyboardInterrupt
 
     def _is_in_stream(self, frame: Any) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import operator
 import re
 import sys
 import types
@@ -16,7 +17,7 @@ import warnings
 from array import array
 from collections import deque
 from os import _exit, getpid
-from threading import current_thread, main_thread
+from threading import _active, current_thread, main_thread  # type: ignore[attr-defined]
 from time import monotonic
 from typing import Any
 
@@ -167,6 +168,7 @@ class Guest:
         self.limits.before_cell()
         try:
             self.guard.is_interruptible = True
+            self.guard.take_missed()
             reply: dict[str, Any] = await do_execute(*args, **kwargs)
             self.guard.is_interruptible = False
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
@@ -174,6 +176,9 @@ class Guest:
             self.limits.release()
             notes.append(f"IPython could not run the cell to its end: {type(error).__name__}")
             reply, has_failed = failure(error), not isinstance(error, KeyboardInterrupt)
+            if not has_failed:
+                with contextlib.suppress(BaseException):  # of IPython's, which the cell may have replaced
+                    self.shell._showtraceback(type(error), error, reply["traceback"])
         if getpid() != self.pid:
             self._leave(reply)
         broken = self.guard.after_cell(has_failed=has_failed)
@@ -377,6 +382,9 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         iopub = kernel.iopub_thread
         if not hasattr(iopub, "sends_at_once"):  # a forked kernel's has no limit from the start
             iopub.schedule(functools.partial(iopub.socket.set, zmq.SNDHWM, 0))
+            # An interrupt in `Thread.is_alive` has Python (before 3.13) take the thread for ended, for good:
+            # from then on the main thread sends beside it, and the next interrupt cuts a message in two.
+            iopub.thread.is_alive = functools.partial(operator.contains, _active, iopub.thread.ident)
     else:
         the_guard = _guest.guard
     for stream in the_guard.streams:

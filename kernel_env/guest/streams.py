@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from time import monotonic as clock
-from typing import Any
+from typing import Any, ClassVar
 
 from ipykernel.iostream import OutStream
 
@@ -88,8 +88,8 @@ class CellStream(OutStream):
     """Those of `_allowances` with text that is not published yet."""
     _muted_thread: int | None
     _has_timer: bool
-    is_interrupted = False
-    """An interrupt waits for a stream of this process to have done its work."""
+    interrupts: ClassVar[deque[bool]] = deque(maxlen=1)
+    """The interrupt that waits for a stream of this process to have done its work, if one does."""
 
     def __init__(self, session: Any, pub_thread: Any, name: str) -> None:
         super().__init__(session, pub_thread, name, watchfd=False)  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ class CellStream(OutStream):
         self._room -= size + ENTRY
         if self._room < 0 or not self._has_timer:
             self._sort()
-        if CellStream.is_interrupted:
+        if self.interrupts:
             self._deliver_interrupt()
         return size
 
@@ -215,7 +215,7 @@ class CellStream(OutStream):
             has_text = bool(self._pending)
             if has_text:
                 self._flush()
-        if CellStream.is_interrupted:
+        if self.interrupts:
             self._deliver_interrupt()
         if not has_text:
             return
@@ -241,12 +241,12 @@ class CellStream(OutStream):
         """Publish all that the cells wrote so far, what was held back included."""
         self._release(is_end=True)
         self._asked = 0.0
-        CellStream.is_interrupted = False
+        self.interrupts.clear()
 
     def before_display(self) -> None:
         """The same for what a display or a result is to come after, as long as that happens rarely."""
         self._release(is_end=False)
-        if CellStream.is_interrupted:
+        if self.interrupts:
             self._deliver_interrupt()
 
     def _release(self, *, is_end: bool) -> None:
@@ -276,18 +276,21 @@ class CellStream(OutStream):
         """Whether an interrupt found its thread at work in here, where it would cost text; it comes again."""
         while frame is not None and frame.f_code is not _DELIVERY:
             if frame.f_code in self._at_work:
-                CellStream.is_interrupted = True
+                self.interrupts.append(True)
                 return True
             frame = frame.f_back
         return False
 
     def _after_send(self) -> None:
         """A message is out; within a stream's own work its end is still to come."""
-        if CellStream.is_interrupted and not self._buffer_lock._is_owned():  # type: ignore[attr-defined]
+        if self.interrupts and not self._buffer_lock._is_owned():  # type: ignore[attr-defined]
             self._deliver_interrupt()
 
     def _deliver_interrupt(self) -> None:
-        CellStream.is_interrupted = False
+        try:
+            self.interrupts.pop()
+        except IndexError:  # another thread was faster
+            return
         signal.raise_signal(signal.SIGINT)
 
     def mute(self, muted: bool) -> None:

@@ -14,7 +14,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits
 
-from .conftest import FORKED, SANDBOXED, LendEnv, StartEnv
+from .conftest import FORKED, SANDBOXED, STARTED, LendEnv, StartEnv
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,28 @@ def test_a_loop_that_only_puts_out_is_interrupted(lend: LendEnv, code: str) -> N
         assert observation.outputs[-1]["output_type"] == "error", observation.result.stderr
         assert "malformed" not in observation.result.stderr
     assert env.execute("kept").observation.result.stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", [STARTED])
+def test_an_interrupt_while_ipykernel_asks_for_its_thread_does_not_end_it(start: StartEnv) -> None:
+    """Python 3.11 takes such a thread for ended, and the next interrupt cut a message in two."""
+    env = start()
+    code = """
+        import sys
+        hits, asking = [], ('_wait_for_tstate_lock', 'schedule')
+        def strike(frame, event, arg):
+            if event == 'c_return' and frame.f_code.co_name in asking and not hits:
+                sys.setprofile(None)
+                hits.append(frame)
+                raise KeyboardInterrupt
+        sys.setprofile(strike)
+        try:
+            display(1)
+        except KeyboardInterrupt:
+            pass
+        print(len(hits), get_ipython().kernel.iopub_thread.thread.is_alive())
+        """
+    assert env.execute(textwrap.dedent(code)).observation.result.stdout.endswith("1 True\n")
 
 
 def test_a_handler_that_raises_costs_no_line(start: StartEnv) -> None:

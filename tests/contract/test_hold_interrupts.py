@@ -299,6 +299,27 @@ def test_a_signal_in_the_middle_of_anything_costs_no_reply(start: StartEnv) -> N
     assert env.execute("print('whole')").observation.result.stdout == "whole\n"
 
 
+def test_an_interrupt_before_the_cell_s_first_line_stops_it_and_no_other(start: StartEnv) -> None:
+    """As when the kernel is kept from the processor from its `busy` until the time of the cell is over."""
+    env = start()
+    code = """
+import os, signal
+guest, kernel = __import__('sys').modules['_kernel_env_helpers']._guest, get_ipython().kernel
+def interrupted(before_cell=guest.limits.before_cell):
+    os.kill(os.getpid(), signal.SIGINT)
+    guest.limits.before_cell = before_cell
+    before_cell()
+guest.limits.before_cell = interrupted
+"""
+    assert env.execute(code).observation.status == "ok"
+    observation = env.execute("print('ran'); ran = True").observation
+    assert (observation.status, observation.restarted) == ("error", False)
+    assert observation.result.stdout == ""
+    assert (observation.result.exception or "").startswith("KeyboardInterrupt")
+    assert observation.outputs[-1]["output_type"] == "error"
+    assert env.execute("print('ran' in globals())").observation.result.stdout == "False\n"
+
+
 def test_a_second_interrupt_in_the_handler_of_the_first_is_dropped(start: StartEnv) -> None:
     """It would be raised where the handler had found that none may be."""
     code = """
