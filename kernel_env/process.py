@@ -25,6 +25,7 @@ from kernel_env.errors import ConfigError, KernelStartError
 from kernel_env.folder import KernelFolder, give_to_owner
 from kernel_env.kernelspecs import command_of, find_kernelspec, with_provisioner
 from kernel_env.provisioners import templates
+from kernel_env.provisioners.forked import ForkedProcess
 from kernel_env.refusals import Refusals
 from kernel_env.types import Isolation
 from kernel_env.wire import Wire
@@ -73,7 +74,7 @@ class KernelProcess:
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
-        self._popen: subprocess.Popen[bytes] | templates.ForkedProcess = provisioner.process
+        self._popen: subprocess.Popen[bytes] | ForkedProcess = provisioner.process
         self.pid: int = self._popen.pid
         self._stderr = stderr
         self._stderr_tail = b""
@@ -86,9 +87,7 @@ class KernelProcess:
         self._ending: asyncio.Future[None] | None = None
         self._has_ended = self._is_released = False
         self._pidfd = (
-            os.dup(self._popen.pidfd)
-            if isinstance(self._popen, templates.ForkedProcess)
-            else os.pidfd_open(self.pid)
+            os.dup(self._popen.pidfd) if isinstance(self._popen, ForkedProcess) else os.pidfd_open(self.pid)
         )
         self._sockets = {
             "iopub": self._connect("iopub", zmq.SUB),
@@ -206,7 +205,7 @@ class KernelProcess:
         self._loop.remove_reader(self._pidfd)
         self.kill_group()  # its children; once the process is reaped, the group's id may be another's
         self._has_ended = True
-        if isinstance(self._popen, templates.ForkedProcess):
+        if isinstance(self._popen, ForkedProcess):
             # Its template tells how, once it has killed orphans.
             self._popen.watch(self._loop, self._note_exit)
         else:
@@ -270,7 +269,7 @@ class KernelProcess:
     @property
     def roots(self) -> tuple[int, ...]:
         """The process, and the one that adopts its orphans if that is another."""
-        return self._popen.roots if isinstance(self._popen, templates.ForkedProcess) else (self.pid,)
+        return self._popen.roots if isinstance(self._popen, ForkedProcess) else (self.pid,)
 
     async def terminate(self) -> None:
         """Kill the process and its group, and wait for the end."""
@@ -304,12 +303,12 @@ class KernelProcess:
     @property
     def is_forked(self) -> bool:
         """Whether it comes from a template, with the guest's modules."""
-        return isinstance(self._popen, templates.ForkedProcess)
+        return isinstance(self._popen, ForkedProcess)
 
     @property
     def _is_deserted(self) -> bool:
         """Whether nothing is left of the processes that the kernel started."""
-        return isinstance(self._popen, templates.ForkedProcess) and self._popen.is_alone
+        return isinstance(self._popen, ForkedProcess) and self._popen.is_alone
 
     async def kill_soon(self) -> None:
         """`kill_now` on the loop."""
@@ -328,7 +327,7 @@ class KernelProcess:
         if self._is_released:
             return
         self._is_released = True
-        if isinstance(self._popen, templates.ForkedProcess):
+        if isinstance(self._popen, ForkedProcess):
             self._popen.unwatch()
         for fd in (self._pidfd, self._stderr, *(_fileno(channel) for channel in self._sockets.values())):
             self._loop.remove_reader(fd)

@@ -19,7 +19,8 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 
 from kernel_env import ConfigError, KernelStartError, LocalREPLEnv
 from kernel_env.provisioners import fork
-from kernel_env.provisioners.templates import ForkedProcess, _Template
+from kernel_env.provisioners.forked import ForkedProcess
+from kernel_env.provisioners.templates import _Template
 
 from .conftest import NEEDS_SANDBOX, InstallKernelspec, MakeEnv
 from .processes import pid_of, pid_outside, template_of, wait_for_the_end
@@ -355,7 +356,7 @@ def test_the_word_of_a_kernel_s_end_is_waited_for_without_keeping_the_loop(
     monkeypatch: pytest.MonkeyPatch, word: bytes | None, status: int
 ) -> None:
     if word is None:
-        monkeypatch.setattr("kernel_env.provisioners.templates._TELLS_WITHIN", 1.0)
+        monkeypatch.setattr("kernel_env.provisioners.forked._TELLS_WITHIN", 1.0)
 
     async def body(ended: subprocess.Popen[bytes], pidfd: int) -> None:
         channel, template = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

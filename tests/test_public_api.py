@@ -30,7 +30,7 @@ LAYERS = [
     {"folder"},
     {"calls", "workdir", "meter"},
     {"bridge"},
-    {"execution", "install"},
+    {"execution", "install", "forked"},
     {"templates"},
     {"fork"},
     {"kernelspecs"},
