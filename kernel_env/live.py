@@ -49,6 +49,7 @@ class LiveKernel:
         self._others: set[str] = set()  # requests of other clients that the kernel works on
         self._breach: Breach | None = None
         self._bytes_before = 0
+        self._interrupting: asyncio.Future[None] | None = None
         self._bridge = Bridge(folder.path / "h", setup.helpers, setup.context, setup.limits, served=served)
         self.names: list[str] = []
         """The names in the namespace when it was last seen, sorted."""
@@ -327,6 +328,9 @@ class LiveKernel:
         elif kind == "execute_input":
             running.has_begun = True
         elif kind == "status" and content.get("execution_state") == "busy":
+            if running.why is not None and running.busy_since is None:
+                # It was to be stopped before the kernel had read of it, and the interrupt found nothing.
+                self._interrupting = asyncio.ensure_future(self.process.interrupt())
             running.busy_since = time.monotonic()
         elif kind == "status" and content.get("execution_state") == "idle":
             running.is_idle = True

@@ -347,7 +347,7 @@ def test_a_process_that_was_released_has_ended_somehow() -> None:
     with template, kernel, subprocess.Popen(["true"]) as ended:
         process.pidfd = os.pidfd_open(ended.pid)
         os.close(process.pidfd)
-        process.release()
+        process.release()  # its number may be another's by now
         assert (process.poll(), process.wait()) == (255, 255)
 
 

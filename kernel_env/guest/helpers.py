@@ -16,7 +16,7 @@ import types
 import warnings
 from array import array
 from collections import deque
-from os import _exit, getpid
+from os import _exit, getpid, register_at_fork
 from threading import _active, current_thread, main_thread  # type: ignore[attr-defined]
 from time import monotonic
 from typing import Any
@@ -149,27 +149,28 @@ class Guest:
 
     def before_request(self) -> None:
         """Let an interrupt reach what another client asks for; around a cell `execute` sees to it."""
+        if _is_in_subshell():
+            return
         if self.shell.kernel.get_parent()["msg_type"] != "execute_request":
             self.guard.before_cell()
             self.guard.is_interruptible = True
 
     def after_request(self) -> None:
         """Let no interrupt through between requests."""
-        self.guard.is_interruptible = False
+        if not _is_in_subshell():
+            self.guard.is_interruptible = False
 
     async def execute(self, do_execute: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         """Run a request's code; whatever it does, what it broke is put back and there is a reply."""
-        if current_thread() is not main_thread():
-            return await do_execute(*args, **kwargs)  # type: ignore[no-any-return] # another client's subshell
+        if _is_in_subshell():
+            return await do_execute(*args, **kwargs)  # type: ignore[no-any-return]
         parent = self.shell.kernel.get_parent()
         notes: list[str] = []
         has_failed = False
         self.guard.before_cell()
         self.limits.before_cell()
         try:
-            self.guard.is_interruptible = True
-            self.guard.take_missed()
-            reply: dict[str, Any] = await do_execute(*args, **kwargs)
+            reply: dict[str, Any] = await self._run(do_execute, args, kwargs)
             self.guard.is_interruptible = False
         except BaseException as error:  # noqa: BLE001 - the cell has broken IPython itself, or an interrupt came late
             self.guard.is_interruptible = False
@@ -196,6 +197,11 @@ class Guest:
             reply.setdefault("payload", []).append(self._report(self._changes(), broken, notes))
         self.guard.end_cell()
         return reply
+
+    async def _run(self, do_execute: Any, args: Any, kwargs: Any) -> Any:
+        self.guard.is_interruptible = True
+        self.guard.take_missed()
+        return await do_execute(*args, **kwargs)
 
     def _forget_old_inputs(self) -> None:
         name = f"_i{self.shell.execution_count - 1 - INPUT_NAMES}"
@@ -329,6 +335,11 @@ def _repr(value: Any, depth: int) -> str:
     return f"frozenset({{{text}}})" if kind is frozenset else f"{{{text}}}"
 
 
+def _is_in_subshell() -> bool:
+    """Whether this is a request of another client, beside those of the main thread, where interrupts come."""
+    return current_thread() is not main_thread()
+
+
 def failure(error: BaseException) -> dict[str, Any]:
     """The reply to a cell that IPython itself could not see through."""
     name, text = type(error).__name__, _message(error)
@@ -377,6 +388,7 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
         warnings.filterwarnings("ignore", "Output cache limit", UserWarning)
         # traitlets leaves the logger at DEBUG, so every message formatted a line nobody read: 0.5 ms a cell.
         kernel.log.setLevel("WARNING")
+        sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__name__", "") != "NotTheFirstTime"]
         the_guard = guard.Guard(shell, (sys.stdout, sys.stderr))
         # At the default of 1,000 messages zmq drops output, `idle` included, while the host's reader is slow.
         iopub = kernel.iopub_thread
@@ -385,6 +397,8 @@ def install(shell: Any, modules: Any, options: dict[str, Any]) -> None:
             # An interrupt in `Thread.is_alive` has Python (before 3.13) take the thread for ended, for good:
             # from then on the main thread sends beside it, and the next interrupt cuts a message in two.
             iopub.thread.is_alive = functools.partial(operator.contains, _active, iopub.thread.ident)
+            # In a forked child a new thread may have its identifier.
+            register_at_fork(after_in_child=functools.partial(vars(iopub.thread).pop, "is_alive", None))
     else:
         the_guard = _guest.guard
     for stream in the_guard.streams:

@@ -150,7 +150,7 @@ class ForkedProcess:
         Once there is one, nothing is left of the processes it started either. 255 if nobody knows, because
         the template was killed, or says nothing for two seconds.
         """
-        if self.returncode is None and _is_readable(self.pidfd, 0):
+        if self.returncode is None and self._has_ended(0):
             self._collect()
         return self.returncode
 
@@ -160,7 +160,7 @@ class ForkedProcess:
         Raises:
             subprocess.TimeoutExpired: it did not come within `timeout` seconds.
         """
-        if self.returncode is None and not _is_readable(self.pidfd, timeout):
+        if self.returncode is None and not self._has_ended(timeout):
             raise subprocess.TimeoutExpired("kernel", timeout or 0.0)
         while (status := self.poll()) is None:
             _is_readable(self._channel.fileno(), max(self._told_by - time.monotonic(), 0))
@@ -186,6 +186,9 @@ class ForkedProcess:
         """Whether it has ended, and every process it started with it: its template has seen to that."""
         return self._status is not None
 
+    def _has_ended(self, timeout: float | None) -> bool:
+        return self.pidfd < 0 or _is_readable(self.pidfd, timeout)  # or it was released
+
     def _collect(self) -> None:
         if self._told_by == math.inf:
             self._told_by = time.monotonic() + _TELLS_WITHIN
@@ -209,6 +212,7 @@ class ForkedProcess:
         self._lifeline.close()
         self._channel.close()
         self._close_pidfd()
+        self.pidfd = -1
 
     def send_signal(self, signum: int) -> None:
         """Signal the process alone, if it has not ended."""

@@ -11,6 +11,7 @@ import pytest
 
 from kernel_env import (
     Episode,
+    EpisodeOver,
     Limits,
     LocalREPLEnv,
     REPLAction,
@@ -207,13 +208,20 @@ class Lender:
         for key, may_lose_kernels in self._lent.items():
             facade, pids = self._held[key]
             is_good = may_lose_kernels or pid_of(facade) == pids[0]
-            if not is_good or len(pids) == self.TURNS or facade.execute("1").result.stdout != "1\n":
+            if not is_good or len(pids) == self.TURNS or not _works(facade):
                 self._held.pop(key)[0].end()
         self._lent.clear()
 
     def close(self) -> None:
         for facade, _ in self._held.values():
             facade.end()
+
+
+def _works(facade: Facade) -> bool:
+    try:
+        return facade.execute("1").result.stdout == "1\n"
+    except EpisodeOver:
+        return False
 
 
 @pytest.fixture(scope="module")

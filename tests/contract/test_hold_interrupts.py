@@ -11,15 +11,17 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 
 from kernel_env import Limits, LocalREPLEnv, REPLAction, REPLEnvironment
-from tests.processes import pid_of
+from kernel_env.process import KernelProcess
+from tests.processes import folder_of, pid_of
 
-from .conftest import Kind, LendEnv, StartEnv
+from .conftest import STARTED, Kind, LendEnv, StartEnv
 
 INTERRUPTED = {
     "await": "import asyncio; await asyncio.sleep(600)",
@@ -318,6 +320,59 @@ guest.limits.before_cell = interrupted
     assert (observation.result.exception or "").startswith("KeyboardInterrupt")
     assert observation.outputs[-1]["output_type"] == "error"
     assert env.execute("print('ran' in globals())").observation.result.stdout == "False\n"
+
+
+def test_an_interrupt_before_the_kernel_has_read_the_request_is_sent_again(start: StartEnv) -> None:
+    env = start(limits=Limits(interrupt_grace=60))
+    env.execute("kept = 1")
+    pid = pid_of(env)
+    os.kill(pid, signal.SIGSTOP)
+    interrupted = threading.Event()
+    interrupt = KernelProcess.interrupt
+
+    async def noted(process: KernelProcess) -> None:
+        await interrupt(process)
+        interrupted.set()
+
+    def go_on() -> None:
+        interrupted.wait(60)
+        os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=go_on)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelProcess, "interrupt", noted)
+        thread.start()
+        begin = time.monotonic()
+        observation = env.execute("while True: pass", timeout_s=0.3).observation
+    thread.join()
+    assert time.monotonic() - begin < 30
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert env.execute("kept").observation.result.stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", [STARTED])  # a forked kernel has no subshells
+def test_a_request_in_a_subshell_does_not_keep_interrupts_from_the_cell(start: StartEnv) -> None:
+    began = threading.Event()
+    env = start(limits=Limits(interrupt_grace=20), tools={"began": began.set})
+    client = BlockingKernelClient()
+    client.load_connection_file(str(folder_of(env) / "connection.json"))
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        request = client.session.msg("create_subshell_request", {})
+        client.control_channel.send(request)
+        subshell = client.get_control_msg(timeout=30)["content"]["subshell_id"]
+        with ThreadPoolExecutor(1) as pool:
+            step = pool.submit(env.execute, "began()\nwhile True: pass", timeout_s=3)
+            assert began.wait(30)
+            message = client.session.msg("kernel_info_request", {})
+            message["header"]["subshell_id"] = subshell
+            client.shell_channel.send(message)
+            client.get_shell_msg(timeout=30)
+            observation = step.result(60).observation
+    finally:
+        client.stop_channels()
+    assert (observation.status, observation.restarted) == ("timeout", False)
 
 
 def test_a_second_interrupt_in_the_handler_of_the_first_is_dropped(start: StartEnv) -> None:
