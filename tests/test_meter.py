@@ -50,8 +50,11 @@ def test_processes_count_that_were_waited_for_and_that_go_on(env: LocalREPLEnv) 
     waited_for = use(env, run)
     assert 0.29 < waited_for.cpu < 1.5
     assert waited_for.processes >= 2
-    sleeps = f"{SPIN}time.sleep(600)"
-    code = f"child = subprocess.Popen([sys.executable, '-c', {sleeps!r}])\nimport time; time.sleep(1.5)"
+    goes_on = f"{SPIN}print('spun', flush=True); time.sleep(600)"
+    code = (
+        f"child = subprocess.Popen([sys.executable, '-c', {goes_on!r}], stdout=subprocess.PIPE)\n"
+        "import time; child.stdout.readline()"
+    )
     assert use(env, code).cpu > 0.2
     use(env, "child.kill(); print(child.wait())")
     assert use(env, "time.sleep(0.1)").cpu < 0.2  # long enough for all to be read
