@@ -21,8 +21,12 @@ from _signal import getitimer as get_timer  # type: ignore[import-not-found]
 from _signal import pthread_sigmask  # past `signal`, which makes enumerations of what goes in and comes out
 from _signal import setitimer as set_timer
 from _signal import signal as set_signal
+from _thread import start_new_thread  # `threading` waits for locks that the interrupted code may hold
 from asyncio import events
 from collections.abc import Iterator
+from os import getpid, kill
+from sys import getrefcount
+from time import sleep
 from typing import Any
 
 import zmq
@@ -35,6 +39,10 @@ OF_OS = (
     *("lstat", "open", "pipe", "read", "scandir", "stat", "urandom", "write"),
 )
 PROBE_SECONDS = 1.0
+AGAIN_SECONDS = 0.005  # from an interrupt that was dropped to the next
+LOOK_SECONDS = 0.05
+SHOW_UNRAISABLE = sys.__unraisablehook__
+OUR_FILES = "_kernel_env_"
 OURS = frozenset({"input"})  # ipykernel's own while a cell runs
 SOCKET_METHODS = ("send", "recv", "send_multipart", "recv_multipart")
 SHELL = (
@@ -54,6 +62,14 @@ class Guard:
         self.is_interruptible = False
         """Whether code of the cell's runs: elsewhere an interrupt would cost the reply."""
         self._missed: Any = None
+        self._stretch = 0
+        """Counts how often cells have begun and ended."""
+        self._dropped = 0
+        """Counts the interrupts that `sys.unraisablehook` was told of."""
+        self._own_hook = self._on_unraisable
+        self._hook = SHOW_UNRAISABLE
+        """The one that stands there, except from an interrupt to the end of its cell."""
+        self._has_deadline = False
         self.own_code: frozenset[Any] = frozenset()
         """The code that sets this, and the handler's: it comes to its end when a second interrupt comes."""
         self._shell = shell
@@ -84,16 +100,72 @@ class Guard:
 
     def before_cell(self) -> None:
         """Let interrupts through, when the cell's code runs."""
+        self._begin_stretch()
         set_signal(signal.SIGINT, self._on_sigint)
         pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         for stream in self.streams:
             vars(stream).pop("write", None)
 
+    def _begin_stretch(self) -> None:
+        self._stretch += 1
+        if vars(sys).get("unraisablehook") is self._own_hook:
+            sys.unraisablehook = self._hook
+
     def _on_sigint(self, _: int, frame: Any) -> None:
         if not self.is_interruptible:
             self._missed = self._request()
+        elif frame.f_code in HOOK:
+            self._repeat_interrupt()
         elif frame.f_code not in self.own_code and not self._is_in_stream(frame):
-            raise KeyboardInterrupt
+            raise self._watched(KeyboardInterrupt())
+
+    def _watched(self, error: BaseException) -> BaseException:
+        """An error to raise in a signal handler; the signal comes again if Python drops it.
+
+        A garbage collection may be most of what a cell does, and what it calls has nobody to raise to: of an
+        error in a `__del__` or in the callback of a weak reference it tells `sys.unraisablehook`; of one that
+        strikes while it makes the text of a ResourceWarning (`unclosed file`), nobody.
+        """
+        self._hear_of_drops()
+        with contextlib.suppress(RuntimeError, MemoryError):
+            start_new_thread(self._see_through, (error, type(error)(), self._stretch, self._dropped))
+        return error
+
+    def _see_through(self, error: BaseException, another: BaseException, stretch: int, dropped: int) -> None:
+        while stretch == self._stretch and dropped == self._dropped:
+            sleep(LOOK_SECONDS)
+            trace = error.__traceback__  # begins where it has come to; before Python 3.12, where it is caught
+            if trace is not None and not _is_ours(trace):
+                return
+            if getrefcount(error) <= getrefcount(another):  # it is not on its way any more
+                if dropped == self._dropped:
+                    self._interrupt(stretch)
+                return
+
+    def _interrupt(self, stretch: int) -> None:
+        if stretch == self._stretch and self.is_interruptible:
+            kill(getpid(), signal.SIGINT)
+
+    def _hear_of_drops(self) -> None:
+        # Not before: in C code, which the hook is when it is Python's own, no signal handler strikes.
+        hook = vars(sys).get("unraisablehook", SHOW_UNRAISABLE)
+        if hook is not self._own_hook:
+            self._hook, sys.unraisablehook = hook, self._own_hook
+
+    def _on_unraisable(self, told: Any) -> None:
+        if told.exc_type in RAISED and _is_ours(_origin(told.exc_traceback)):
+            self._repeat_interrupt()
+        else:
+            self._hook(told)
+
+    def _repeat_interrupt(self) -> None:
+        self._dropped += 1
+        with contextlib.suppress(RuntimeError, MemoryError):
+            start_new_thread(self._interrupt_later, (self._stretch,))
+
+    def _interrupt_later(self, stretch: int) -> None:
+        sleep(AGAIN_SECONDS)
+        self._interrupt(stretch)
 
     def _request(self) -> Any:
         with contextlib.suppress(Exception):
@@ -113,6 +185,7 @@ class Guard:
 
         A function that was replaced by another stays, unless the kernel `has_failed` to run the cell.
         """
+        self._begin_stretch()
         broken = self.restore_functions(even_callable=has_failed)
         set_signal(signal.SIGINT, self._on_sigint)  # the cell's own must not run in what follows
         if sys.getrecursionlimit() < self._recursion_limit:
@@ -219,13 +292,18 @@ class Guard:
         """Run what may call code of the cell's, silently, and raise TookTooLong in it after `seconds`."""
 
         def stop(*_: Any) -> None:
-            raise TookTooLong
+            if self._has_deadline:
+                raise TookTooLong
 
         previous = set_signal(signal.SIGALRM, stop)
         try:
             self._mute(True)
-            set_timer(signal.ITIMER_REAL, seconds)
-            yield
+            try:
+                self._has_deadline = True
+                set_timer(signal.ITIMER_REAL, seconds, LOOK_SECONDS)  # again, for an error may be dropped
+                yield
+            finally:
+                self._has_deadline = False
         finally:
             set_timer(signal.ITIMER_REAL, 0)
             set_signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
@@ -251,9 +329,10 @@ class Guard:
                 return
             codes = _codes_of_callback(frame)
             if asyncio.current_task(loop) is cell and run_code in codes:
-                raise KeyboardInterrupt  # in the cell's own code, where IPython expects it
+                raise self._watched(KeyboardInterrupt())  # in the cell's own code, where IPython expects it
             loop.call_soon_threadsafe(cell.cancel)
             if codes:
+                self._hear_of_drops()
                 # Another task or a callback spins: a KeyboardInterrupt from there would end the loop.
                 raise asyncio.CancelledError
 
@@ -264,7 +343,19 @@ class Guard:
             set_signal(signal.SIGINT, previous)
 
 
-HANDLER = (Guard._on_sigint, Guard._is_in_stream)
+def _origin(trace: Any) -> Any:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def _is_ours(trace: Any) -> bool:
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(OUR_FILES)
+
+
+RAISED = (KeyboardInterrupt, asyncio.CancelledError)
+HOOK = frozenset({Guard._on_unraisable.__code__, _origin.__code__, _is_ours.__code__})
+HANDLER = (Guard._on_sigint, Guard._is_in_stream, Guard._watched, Guard._repeat_interrupt)
 """A second interrupt that strikes in here has nothing to add: the first already asks who was at work."""
 
 

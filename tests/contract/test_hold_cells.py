@@ -190,6 +190,22 @@ def test_a_repr_that_hangs_costs_its_snapshot_a_second(start: StartEnv) -> None:
     assert observation.result.execution_time < 5
 
 
+def test_a_repr_that_hangs_in_a_finalizer_costs_its_snapshot_little_more(start: StartEnv) -> None:
+    code = """
+class Value:
+    def __del__(self):
+        while True: pass
+class Hangs:
+    def __repr__(self):
+        Value()
+        while True: pass
+hangs = Hangs()
+"""
+    observation = start().execute(code).observation
+    assert observation.result.locals_snapshot["hangs"] == "<repr raised TookTooLong>"
+    assert observation.result.execution_time < 5
+
+
 def test_an_answer_that_cannot_be_text_is_said_once(start: StartEnv) -> None:
     env = start(limits=Limits(interrupt_grace=5))
     code = """

@@ -66,6 +66,42 @@ INTERRUPTED = {
         with ThreadPoolExecutor(4) as pool: list(pool.map(llm_query, 'abcdefghijklmnop'))
         """,
     "a helper": "llm_query('x')",
+    "a finalizer": """
+        class Value:
+            def __del__(self):
+                while True: pass
+        Value()
+        while True: pass
+        """,
+    "a finalizer in an async cell": """
+        import asyncio, weakref
+        await asyncio.sleep(0)
+        class Value: pass
+        def spin(_):
+            while True: pass
+        value = Value()
+        reference = weakref.ref(value, spin)
+        del value
+        while True: pass
+        """,
+    "a finalizer in a task": """
+        import asyncio
+        class Value:
+            def __del__(self):
+                while True: pass
+        async def spin():
+            Value()
+            while True: pass
+        task = asyncio.create_task(spin())
+        await asyncio.sleep(600)
+        """,
+    "a warning of a file that was not closed": """
+        import ctypes, functools
+        files = [open('/dev/null')]
+        sleep = functools.partial(ctypes.PyDLL(None).usleep, 2_000_000)
+        list(map(functools.partial.__call__, [sleep, functools.partial(files.clear)]))
+        while True: pass
+        """,
     "a generator": "all(True for _ in iter(int, 1))",
     "a handler that catches one": """
         try:
@@ -124,6 +160,48 @@ def test_an_interrupt_reaches_the_cell_and_keeps_its_variables(lend: LendEnv, na
     assert observation.lost_variables == []
     after = env.execute("print(kept)").observation
     assert (after.status, after.result.stdout) == ("ok", "1\n")
+
+
+def test_what_a_cell_does_about_an_interrupt_is_not_interrupted(lend: LendEnv) -> None:
+    env = lend(limits=Limits(cell_total=1.0, interrupt_grace=10))
+    code = """
+import time
+ended = []
+def rows():
+    try:
+        yield
+    finally:
+        time.sleep(0.5)
+        ended.append(True)
+for row in rows(): time.sleep(600)
+"""
+    observation = env.execute(code).observation
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert observation.result.stderr.count("KeyboardInterrupt") == 2  # above the traceback and below
+    assert env.execute("ended").observation.result.stdout == "[True]\n"
+
+
+def test_an_interrupt_that_was_caught_keeps_nothing_alive(lend: LendEnv) -> None:
+    env = lend(limits=Limits(cell_total=1.0, interrupt_grace=10))
+    code = """
+import gc, time
+ended = []
+class Value:
+    def __del__(self): ended.append(True)
+def work():
+    value = Value()
+    time.sleep(600)
+gc.disable()
+try:
+    work()
+except KeyboardInterrupt:
+    pass
+while not ended: time.sleep(0.01)
+gc.enable()
+"""
+    observation = env.execute(code).observation
+    assert (observation.status, observation.restarted) == ("timeout", False)
+    assert "ended" not in observation.lost_variables
 
 
 def test_the_calls_of_a_thread_pool_are_cancelled_and_it_ends_within_a_second(start: StartEnv) -> None:
