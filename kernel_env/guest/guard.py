@@ -9,6 +9,7 @@ import asyncio
 import builtins
 import contextlib
 import fcntl
+import functools
 import json
 import operator
 import os
@@ -25,7 +26,6 @@ from _thread import start_new_thread  # `threading` waits for locks that the int
 from asyncio import events
 from collections.abc import Iterator
 from os import getpid, kill
-from sys import getrefcount
 from time import sleep
 from typing import Any
 
@@ -40,9 +40,9 @@ OF_OS = (
 )
 PROBE_SECONDS = 1.0
 AGAIN_SECONDS = 0.005  # from an interrupt that was dropped to the next
-LOOK_SECONDS = 0.05
+TOO_LONG_SECONDS = 0.05  # from one TookTooLong to the next
 SHOW_UNRAISABLE = sys.__unraisablehook__
-OUR_FILES = "_kernel_env_"
+OUR_FILES = ("_kernel_env_guard", "_kernel_env_streams")
 OURS = frozenset({"input"})  # ipykernel's own while a cell runs
 SOCKET_METHODS = ("send", "recv", "send_multipart", "recv_multipart")
 SHELL = (
@@ -55,6 +55,33 @@ class TookTooLong(BaseException):
     """Raised in code of the cell's that the report has no more time for."""
 
 
+class Interrupt(KeyboardInterrupt):
+    """What a signal handler raises: KeyboardInterrupt that tells when Python has dropped it.
+
+    A garbage collection may be most of what a cell does, and what it calls has nobody to raise to: of an
+    error in a `__del__` or in the callback of a weak reference it tells `sys.unraisablehook`; of one that
+    strikes while it makes the text of a ResourceWarning (`unclosed file`), nobody. Then this is deleted
+    before it has come to code of the cell's: `__traceback__` begins where it has come to (before Python 3.12,
+    where it was caught).
+    """
+
+    def __init__(self, when_dropped: Any = None) -> None:
+        super().__init__()
+        self.when_dropped = when_dropped
+
+    def __del__(self) -> None:
+        trace = self.__traceback__
+        if self.when_dropped is not None and (trace is None or _is_ours(trace)):
+            self.when_dropped()
+
+    def __reduce__(self) -> Any:
+        return KeyboardInterrupt, ()
+
+
+Interrupt.__name__ = Interrupt.__qualname__ = "KeyboardInterrupt"
+Interrupt.__module__ = "builtins"
+
+
 class Guard:
     """What a kernel needs to run the next cell, as it was before the first."""
 
@@ -64,8 +91,6 @@ class Guard:
         self._missed: Any = None
         self._stretch = 0
         """Counts how often cells have begun and ended."""
-        self._dropped = 0
-        """Counts the interrupts that `sys.unraisablehook` was told of."""
         self._own_hook = self._on_unraisable
         self._hook = SHOW_UNRAISABLE
         """The one that stands there, except from an interrupt to the end of its cell."""
@@ -114,37 +139,14 @@ class Guard:
     def _on_sigint(self, _: int, frame: Any) -> None:
         if not self.is_interruptible:
             self._missed = self._request()
-        elif frame.f_code in HOOK:
-            self._repeat_interrupt()
+        elif frame.f_code in DROPPING:
+            self._repeat_interrupt(self._stretch)
         elif frame.f_code not in self.own_code and not self._is_in_stream(frame):
-            raise self._watched(KeyboardInterrupt())
+            self._hear_of_drops()
+            raise self._interrupt()
 
-    def _watched(self, error: BaseException) -> BaseException:
-        """An error to raise in a signal handler; the signal comes again if Python drops it.
-
-        A garbage collection may be most of what a cell does, and what it calls has nobody to raise to: of an
-        error in a `__del__` or in the callback of a weak reference it tells `sys.unraisablehook`; of one that
-        strikes while it makes the text of a ResourceWarning (`unclosed file`), nobody.
-        """
-        self._hear_of_drops()
-        with contextlib.suppress(RuntimeError, MemoryError):
-            start_new_thread(self._see_through, (error, type(error)(), self._stretch, self._dropped))
-        return error
-
-    def _see_through(self, error: BaseException, another: BaseException, stretch: int, dropped: int) -> None:
-        while stretch == self._stretch and dropped == self._dropped:
-            sleep(LOOK_SECONDS)
-            trace = error.__traceback__  # begins where it has come to; before Python 3.12, where it is caught
-            if trace is not None and not _is_ours(trace):
-                return
-            if getrefcount(error) <= getrefcount(another):  # it is not on its way any more
-                if dropped == self._dropped:
-                    self._interrupt(stretch)
-                return
-
-    def _interrupt(self, stretch: int) -> None:
-        if stretch == self._stretch and self.is_interruptible:
-            kill(getpid(), signal.SIGINT)
+    def _interrupt(self) -> Interrupt:
+        return Interrupt(functools.partial(self._repeat_interrupt, self._stretch))
 
     def _hear_of_drops(self) -> None:
         # Not before: in C code, which the hook is when it is Python's own, no signal handler strikes.
@@ -153,19 +155,22 @@ class Guard:
             self._hook, sys.unraisablehook = hook, self._own_hook
 
     def _on_unraisable(self, told: Any) -> None:
-        if told.exc_type in RAISED and _is_ours(_origin(told.exc_traceback)):
-            self._repeat_interrupt()
-        else:
+        if told.exc_type not in RAISED or not _is_ours(_origin(told.exc_traceback)):
             self._hook(told)
+            return
+        if told.exc_type is Interrupt:
+            told.exc_value.when_dropped = None
+        self._repeat_interrupt(self._stretch)
 
-    def _repeat_interrupt(self) -> None:
-        self._dropped += 1
-        with contextlib.suppress(RuntimeError, MemoryError):
-            start_new_thread(self._interrupt_later, (self._stretch,))
+    def _repeat_interrupt(self, stretch: int) -> None:
+        if stretch == self._stretch:
+            with contextlib.suppress(RuntimeError, MemoryError):
+                start_new_thread(self._send_interrupt, (stretch,))
 
-    def _interrupt_later(self, stretch: int) -> None:
+    def _send_interrupt(self, stretch: int) -> None:
         sleep(AGAIN_SECONDS)
-        self._interrupt(stretch)
+        if stretch == self._stretch and self.is_interruptible:
+            kill(getpid(), signal.SIGINT)
 
     def _request(self) -> Any:
         with contextlib.suppress(Exception):
@@ -300,7 +305,8 @@ class Guard:
             self._mute(True)
             try:
                 self._has_deadline = True
-                set_timer(signal.ITIMER_REAL, seconds, LOOK_SECONDS)  # again, for an error may be dropped
+                # Again and again, for an error may be dropped.
+                set_timer(signal.ITIMER_REAL, seconds, TOO_LONG_SECONDS)
                 yield
             finally:
                 self._has_deadline = False
@@ -324,15 +330,19 @@ class Guard:
         loop = asyncio.get_running_loop()
         run_code = type(self._shell).run_code.__code__
 
+        def cancel() -> None:
+            self._stretch += 1  # it has come to the cell
+            cell.cancel()
+
         def on_sigint(_: int, frame: Any) -> None:
             if self._is_in_stream(frame):
                 return
+            self._hear_of_drops()
             codes = _codes_of_callback(frame)
             if asyncio.current_task(loop) is cell and run_code in codes:
-                raise self._watched(KeyboardInterrupt())  # in the cell's own code, where IPython expects it
-            loop.call_soon_threadsafe(cell.cancel)
+                raise self._interrupt()  # in the cell's own code, where IPython expects it
+            loop.call_soon_threadsafe(cancel)
             if codes:
-                self._hear_of_drops()
                 # Another task or a callback spins: a KeyboardInterrupt from there would end the loop.
                 raise asyncio.CancelledError
 
@@ -353,9 +363,15 @@ def _is_ours(trace: Any) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_filename.startswith(OUR_FILES)
 
 
-RAISED = (KeyboardInterrupt, asyncio.CancelledError)
-HOOK = frozenset({Guard._on_unraisable.__code__, _origin.__code__, _is_ours.__code__})
-HANDLER = (Guard._on_sigint, Guard._is_in_stream, Guard._watched, Guard._repeat_interrupt)
+RAISED = (Interrupt, asyncio.CancelledError)
+DROPPING = frozenset(
+    function.__code__ for function in (Interrupt.__del__, Guard._on_unraisable, _origin, _is_ours)
+)
+"""Where one would be dropped."""
+HANDLER = (
+    *(Guard._on_sigint, Guard._is_in_stream, Guard._hear_of_drops),
+    *(Guard._interrupt, Interrupt.__init__, Guard._repeat_interrupt),
+)
 """A second interrupt that strikes in here has nothing to add: the first already asks who was at work."""
 
 

@@ -78,7 +78,7 @@ def test_a_kernel_that_a_cell_ended_is_replaced_and_the_observation_says_so(lend
         ("import os; os.close(1)", "file descriptor 1"),
         ("import builtins; del builtins.print", "builtins.print"),
         ("import json; json.dumps = None", "json.dumps"),
-        ("import signal; signal.alarm(5);", "a timer"),
+        ("import signal; signal.alarm(60);", "a timer"),
         ("import sys; sys.modules.clear()", "sys.modules"),
         ("FINAL = llm_query = 1", "FINAL, llm_query"),
     ],
