@@ -149,7 +149,7 @@ class Guard:
         return Interrupt(functools.partial(self._repeat_interrupt, self._stretch))
 
     def _hear_of_drops(self) -> None:
-        # Not before: in C code, which the hook is when it is Python's own, no signal handler strikes.
+        # Not before an interrupt: Python's own hook is C code, in which no signal handler strikes.
         hook = vars(sys).get("unraisablehook", SHOW_UNRAISABLE)
         if hook is not self._own_hook:
             self._hook, sys.unraisablehook = hook, self._own_hook
@@ -372,7 +372,7 @@ HANDLER = (
     *(Guard._on_sigint, Guard._is_in_stream, Guard._hear_of_drops),
     *(Guard._interrupt, Interrupt.__init__, Guard._repeat_interrupt),
 )
-"""A second interrupt that strikes in here has nothing to add: the first already asks who was at work."""
+"""A second interrupt that strikes in here has nothing to add: the first is on its way, or comes again."""
 
 
 def _codes_of_callback(frame: Any) -> list[Any]:
