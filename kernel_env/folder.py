@@ -11,9 +11,10 @@ import re
 import signal
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel_env.errors import KernelStartError, SandboxUnavailable
@@ -34,6 +35,7 @@ _SWEPT = re.compile(f"(new-)?({_PREFIX}|{TEMPLATE_PREFIX})[a-z0-9_]{{8}}")
 """Names that `mkdtemp` gives."""
 WRITABLE = ("work", "home", "tmp", "run")
 """Folders in it that a kernel writes to; the rest of it is the host's."""
+_CONTENTS = (*WRITABLE, "guest", "connection.json", "h", "stderr")
 _MAKING_SECONDS = 60
 _ROUNDS = 20
 
@@ -52,6 +54,7 @@ class KernelFolder:
 
     path: Path
     _lock: int
+    _removing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def work(self) -> Path:
@@ -119,17 +122,19 @@ class KernelFolder:
         `is_deserted`: nothing does, so that there is no need to look through all processes: 20 ms. Done
         again it does nothing.
         """
-        if _held_here.pop(self, None) is None:
-            return
-        try:
-            if not is_deserted:
-                _evict(self.path)
-            if os.path.islink(self.path):
-                remove(self.path)
-            if (place := self._place) is not None:
-                remove(place)
-        finally:
-            os.close(self._lock)
+        with self._removing:  # an exit, which ends other threads, waits for the one that is at it
+            if self not in _held_here:
+                return
+            try:
+                if not is_deserted:
+                    _evict(self.path)
+                if os.path.islink(self.path):
+                    remove(self.path)
+                if (place := self._place) is not None:
+                    remove(place)
+            finally:
+                del _held_here[self]
+                os.close(self._lock)
 
     @property
     def _place(self) -> Path | None:
@@ -245,10 +250,12 @@ def _is_abandoned(path: Path, folder: int) -> bool:
     status = os.fstat(folder)
     if not is_own_user(status.st_uid) or status.st_mode & 0o077 or not _is_same(path, folder):
         return False
-    if path.name.startswith("new-"):  # it is held a moment after it is there
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    if path.name.startswith("new-") or not found:  # it is held a moment after it is there
         return time.time() - status.st_mtime > _MAKING_SECONDS
-    with os.scandir(folder) as entries:  # its holder may have been killed while it removed it
-        return any(e.name in (*WRITABLE, "guest") and e.is_dir(follow_symlinks=False) for e in entries)
+    # Its holder may have been killed while it removed it: one of them is enough.
+    return any(entry.name in _CONTENTS and not entry.is_symlink() for entry in found)
 
 
 def _is_same(path: Path, folder: int) -> bool:

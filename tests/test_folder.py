@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,49 @@ def test_links_and_hard_links_of_locked_folders_change_nothing_outside(parent: P
     shutil.rmtree(parent)
 
 
-@pytest.mark.parametrize("left", ["work", "home", "guest"])
+@pytest.mark.parametrize("left", ["work/inner/", "home/", "guest/", "connection.json", "h", "stderr"])
 def test_what_a_killed_host_had_half_removed_is_swept(parent: Path, left: str) -> None:
     half = parent / "ke-abcdefg1"
-    (half / left / "inner").mkdir(parents=True)
-    half.chmod(0o700)
+    half.mkdir(0o700)
+    if left.endswith("/"):
+        (half / left).mkdir(parents=True)
+    else:
+        (half / left).write_text("{}")
     sweep()
     assert not half.exists()
+    parent.rmdir()
+
+
+def test_an_empty_folder_is_swept_when_it_is_old(parent: Path) -> None:
+    """A killed host can have removed all but it; a new one may be another program's, at work."""
+    empty = parent / "ke-abcdefg1"
+    empty.mkdir(0o700)
+    sweep()
+    assert empty.exists()
+    os.utime(empty, (time.time() - 100, time.time() - 100))
+    sweep()
+    assert not empty.exists()
+    parent.rmdir()
+
+
+def test_an_exit_waits_for_a_thread_that_removes(parent: Path) -> None:
+    """Python ends a daemon thread where it is: half a folder was left, for good."""
+    code = """
+import threading
+from kernel_env import folder
+made = folder.KernelFolder.make()
+for number in range(3000):
+    (made.path / "work" / str(number)).mkdir()
+begun, remove = threading.Event(), folder.remove
+def removes(path):
+    begun.set()
+    threading.main_thread().join()  # it has ended when the exit begins
+    remove(path)
+folder.remove = removes
+threading.Thread(target=made.remove, daemon=True).start()
+begun.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TMPDIR": str(parent)})
     parent.rmdir()
 
 
