@@ -47,11 +47,12 @@ InstallKernelspec = Callable[..., None]
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder() -> Iterator[Path]:
-    """A short temporary folder of this test process; a kernel folder left in it fails the run."""
+    """A short temporary folder of this process and its children; a kernel folder left in it fails the run."""
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
-    tempfile.tempdir = str(folder)
-    yield folder
-    tempfile.tempdir = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("TMPDIR", str(folder))
+        yield folder
     left = [path.name for path in folder.glob("ke-*")]
     shutil.rmtree(folder)
     assert not left, f"kernel folders left behind: {left}"
