@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kernel_env import LocalREPLEnv
+from kernel_env.folder import sweep
 
 from .chat_server import Server
 
@@ -53,6 +54,7 @@ def temporary_folder() -> Iterator[Path]:
         patch.setattr(tempfile, "tempdir", str(folder))
         patch.setenv("TMPDIR", str(folder))
         yield folder
+        sweep()  # for hosts that tests killed, as the next start would
     left = [path.name for path in folder.glob("ke-*")]
     shutil.rmtree(folder)
     assert not left, f"kernel folders left behind: {left}"
